@@ -1,0 +1,1 @@
+"""Make trained neural networks smaller and faster by removing the neurons that stay silent."""
