@@ -1,0 +1,191 @@
+"""Labels: which neurons the elements of a tensor belong to, and what must go together.
+
+An *atom* is one position along one axis of one parameter or buffer, an integer ≥ 1. A factor is an integer array
+that broadcasts against its tensor: size 1 along the axes on which it does not vary. An element is removed when any
+factor gives it a removed atom. Atom 0 stands for positions that can never be removed.
+
+Operators hand labels on (`_operators.py`) and write down in a `Ledger` which atoms are one neuron (`unite`) and
+which must stay (`pin`). `Ledger.resolve` turns that into one root per atom.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Atoms = NDArray[np.int64]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """One label of a tensor. `zero`: the element is exactly 0 once its neuron's parameters are 0."""
+
+    atoms: Atoms
+    zero: bool = True
+
+    def varies(self, axis: int) -> bool:
+        return self.atoms.shape[axis] > 1
+
+    def axes(self) -> tuple[int, ...]:
+        return tuple(axis for axis, size in enumerate(self.atoms.shape) if size > 1)
+
+    def map(self, atoms: Atoms) -> Self:
+        return replace(self, atoms=atoms)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Labels:
+    """All labels of a tensor.
+
+    `static`: computed from parameters and constants alone. `uniform`: every element is alike (zeros, ones, noise), so
+    that the tensor means the same at any size.
+    """
+
+    factors: tuple[Factor, ...] = ()
+    static: bool = False
+    uniform: bool = False
+
+    def with_factors(self, factors: Iterable[Factor]) -> "Labels":
+        return Labels(tuple(factors), self.static)
+
+    def varies(self, axis: int) -> bool:
+        return any(factor.varies(axis) for factor in self.factors)
+
+
+UNKNOWN = Labels()
+UNIFORM = Labels(static=True, uniform=True)
+
+
+class Ledger:
+    """What the operators of one or more runs demanded of the atoms."""
+
+    def __init__(self) -> None:
+        self._ones: list[Atoms] = []
+        self._others: list[Atoms] = []
+        self._pins: list[tuple[Atoms, str]] = []
+
+    def unite(self, one: Atoms, other: Atoms, reason: str) -> None:
+        """Make elements of two broadcastable arrays one neuron; what meets atom 0 is pinned."""
+        if one is other:
+            return
+        one, other = np.broadcast_arrays(one, other)
+        one, other = one.ravel(), other.ravel()
+        differ = one != other
+        one, other = one[differ], other[differ]
+        fixed = (one == 0) | (other == 0)
+        if fixed.any():
+            self.pin(np.maximum(one, other)[fixed], reason)
+            one, other = one[~fixed], other[~fixed]
+        if one.size:
+            self._ones.append(one)
+            self._others.append(other)
+
+    def pin(self, atoms: Atoms, reason: str) -> None:
+        self._pins.append((atoms[atoms > 0], reason))
+
+    def tie(self, atoms: Atoms, axis: int, reason: str) -> Atoms:
+        """Make all positions along an axis one neuron; returns the array with size 1 there."""
+        first = atoms.take([0], axis)
+        self.unite(first, atoms, reason)
+        return first
+
+    def touched(self, count: int) -> NDArray[np.bool_]:
+        """Which of the atoms any operator has spoken of."""
+        touched = np.zeros(count, bool)
+        for atoms in (*self._ones, *self._others, *(atoms for atoms, _ in self._pins)):
+            touched[atoms] = True
+        return touched
+
+    def resolve(self, count: int) -> tuple[Atoms, dict[int, str]]:
+        """The root of each of `count` atoms, and the first reason why a root must stay."""
+        root = components(count, self._ones, self._others)
+        pinned = {0: "fixed by construction"}
+        for atoms, reason in self._pins:
+            for value in np.unique(root[atoms]).tolist():
+                pinned.setdefault(value, reason)
+        return root, pinned
+
+
+def components(count: int, ones: Sequence[Atoms], others: Sequence[Atoms]) -> Atoms:
+    """Smallest atom of each atom's connected component, by hooking and pointer jumping (Shiloach, Vishkin, 1982)."""
+    root = np.arange(count)
+    if not ones:
+        return root
+    one, other = np.concatenate(ones), np.concatenate(others)
+    while True:
+        one, other = root[one], root[other]
+        live = one != other
+        if not live.any():
+            return root
+        one, other = one[live], other[live]
+        np.minimum.at(root, np.maximum(one, other), np.minimum(one, other))
+        while True:
+            jumped = root[root]
+            if np.array_equal(jumped, root):
+                break
+            root = jumped
+
+
+def fit(factor: Factor, ndim: int) -> Factor:
+    """Prepend axes of size 1, as broadcasting does."""
+    missing = ndim - factor.atoms.ndim
+    return factor.map(factor.atoms.reshape((1,) * missing + factor.atoms.shape)) if missing else factor
+
+
+def compress(atoms: Atoms) -> Atoms:
+    """Size 1 along every axis on which the array is constant."""
+    for axis, size in enumerate(atoms.shape):
+        if size > 1:
+            first = atoms.take([0], axis)
+            if (atoms == first).all():
+                atoms = first
+    return atoms
+
+
+def reshape(atoms: Atoms, old: Shape, new: Shape) -> Atoms:
+    """The labels of a tensor reshaped from `old` to `new`, expanded only where axes are cut or joined."""
+    if 0 in old or 0 in new:
+        return np.zeros((1,) * len(new), np.int64)
+    source: list[int] = []
+    target: list[int] = []
+    for old_axes, new_axes in _segments(old, new):
+        varying = any(atoms.shape[axis] > 1 for axis in old_axes)
+        source += [old[axis] if varying else 1 for axis in old_axes]
+        target += [new[axis] if varying else 1 for axis in new_axes]
+    return compress(np.broadcast_to(atoms, source).reshape(target))
+
+
+def _segments(old: Shape, new: Shape) -> Iterable[tuple[range, range]]:
+    """Cut two shapes of equal size into the shortest runs of axes of equal size."""
+    cuts = [(0, 0)]
+    i = j = 0
+    left = right = 1
+    while i < len(old) and j < len(new):
+        if left == right == 1 and old[i] == new[j]:
+            i, j = i + 1, j + 1
+        else:
+            left, right = left * old[i], right * new[j]
+            i, j = i + 1, j + 1
+            while left != right:
+                if left < right:
+                    left, i = left * old[i], i + 1
+                else:
+                    right, j = right * new[j], j + 1
+        cuts.append((i, j))
+        left = right = 1
+    cuts.append((len(old), len(new)))
+    for (a, b), (c, d) in pairwise(cuts):
+        if (a, b) != (c, d):
+            assert prod(old[a:c]) == prod(new[b:d])
+            yield range(a, c), range(b, d)
+
+
+def canonical(factor: Atoms, root: Atoms | None = None) -> Atoms | None:
+    """Roots instead of atoms, compressed; None when nothing varies."""
+    atoms = compress(factor if root is None else root[factor])
+    return atoms if atoms.size > 1 else None

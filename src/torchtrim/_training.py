@@ -1,0 +1,349 @@
+"""The built-in retraining, and the accuracy of a model: what the command line uses between two trims.
+
+Training runs on Hugging Face Accelerate: on a CPU, a GPU, or many of them under `accelerate launch`, in
+mixed precision where the hardware has it. The model is trained in place and stays an ordinary module.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Generator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.utils.data import Dataset
+
+from torchtrim._data import batches
+from torchtrim._errors import TorchtrimError
+
+OptimizerName = Literal["adamw", "sgd"]
+ScheduleName = Literal["onecycle", "cosine"]
+Precision = Literal["auto", "no", "bf16", "fp16"]
+
+_FITTING: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    *((name, "≥ 0", lambda x: 0 <= x < math.inf) for name in ("epochs", "lr", "weight_decay")),
+    *((name, "≥ 0 and < 1", lambda x: 0 <= x < 1) for name in ("momentum", "label_smoothing")),
+    *(
+        (name, "whole and ≥ 0", lambda x: isinstance(x, int) and x >= 0)
+        for name in ("shift", "workers", "seed")
+    ),
+    ("batch_size", "whole and ≥ 1", lambda x: isinstance(x, int) and x >= 1),
+    ("optimizer", "'adamw' or 'sgd'", lambda x: x in get_args(OptimizerName)),
+    ("schedule", "'onecycle' or 'cosine'", lambda x: x in get_args(ScheduleName)),
+    ("mixed_precision", "'auto', 'no', 'bf16' or 'fp16'", lambda x: x in get_args(Precision)),
+)
+_AUXILIARY_WEIGHT = 0.3  # Szegedy et al., "Going deeper with convolutions", 2014, section 5
+_READ_EVERY = 20  # batches between two readings of the loss, as each one waits until a GPU has finished
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained. The defaults suit LeNet on MNIST, from scratch and after a trim.
+
+    epochs           passes over the data; fractions are allowed, 0 trains nothing
+    lr               the highest learning rate of the schedule
+    momentum         of `sgd`; `adamw` does not use it
+    schedule         "onecycle" warms up for 30 % of the steps, then falls to zero; "cosine" only falls
+    batch_size       examples per step, over all processes
+    mixed_precision  "auto" takes bfloat16 where the hardware computes in it, else float32
+    shift            images [batch, channels, height, width] are moved by up to ± this many pixels
+    workers          processes that read images; data in memory needs none
+    """
+
+    epochs: float = 4
+    optimizer: OptimizerName = "adamw"
+    lr: float = 5e-3
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    schedule: ScheduleName = "onecycle"
+    batch_size: int = 128
+    label_smoothing: float = 0.05
+    mixed_precision: Precision = "auto"
+    channels_last: bool = True
+    shift: int = 2
+    workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} must be {expected}, found {getattr(self, name)!r}"
+            for name, expected, fits in _FITTING
+            if not fits(getattr(self, name))
+        ]
+        if faults:
+            raise TorchtrimError("Training: " + "; ".join(faults))
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    training: Training,
+    *,
+    seed: int | None = None,
+    progress: Progress | None = None,
+    label: str = "training",
+) -> None:
+    """Train `model` in place, where it is, to classify `dataset`, which yields (input, label) pairs.
+
+    `seed` replaces `training.seed`. Modes, gradients and the random state are left as they were, and so are
+    frozen parameters.
+
+    Raises TorchtrimError: nothing to train, or a loss that is not finite (the weights are then spoilt).
+    """
+    seed = training.seed if seed is None else seed
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    examples = len(cast(Sized, dataset))
+    if not parameters or not examples:
+        raise TorchtrimError(
+            f"{label}: expected parameters that require gradients and at least one example, "
+            f"found {len(parameters)} such parameters and {examples} examples"
+        )
+    with (
+        _accelerator(training, parameters[0].device) as accelerator,
+        _left_as_found(model, channels_last=training.channels_last),
+        _random_state(seed + accelerator.process_index, accelerator.device),
+    ):
+        loader = batches(
+            dataset,
+            training.batch_size,
+            shuffle=True,
+            drop_last=examples >= training.batch_size,  # batch normalisation cannot train on a rest of one
+            generator=torch.Generator().manual_seed(seed),
+            workers=training.workers,
+        )
+        model.train()
+        wrapped, optimizer, loader = accelerator.prepare(model, _optimizer(parameters, training), loader)
+        steps = round(training.epochs * len(loader)) or math.ceil(training.epochs)
+        shifts = torch.Generator().manual_seed(seed + accelerator.process_index)
+        with _shown(progress, label, steps) as show:
+            meter = _Meter(label, len(loader), show)
+            endless = itertools.chain.from_iterable(itertools.repeat(loader))
+            for step, (inputs, labels) in enumerate(itertools.islice(endless, steps)):
+                for group in optimizer.param_groups:
+                    group["lr"] = training.lr * _schedule(training.schedule, (step + 0.5) / steps)
+                images = _shifted(inputs, training.shift, shifts)
+                if training.channels_last and images.ndim == 4:
+                    images = images.to(memory_format=torch.channels_last)
+                loss, logits = _loss(wrapped(images), labels, training.label_smoothing)
+                optimizer.zero_grad()
+                accelerator.backward(loss)
+                optimizer.step()
+                meter.add(loss, logits, labels)
+            meter.read()
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    batch_size: int = 250,
+    workers: int = 0,
+    progress: Progress | None = None,
+    label: str = "testing",
+) -> float:
+    """The accuracy of `model`, in per cent, computed where the model is and in its own precision."""
+    examples = len(cast(Sized, dataset))
+    if not examples:
+        raise TorchtrimError(f"{label}: expected a data set with examples, found an empty one")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    loader = batches(dataset, batch_size, workers=workers)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    with torch.inference_mode(), _modes_kept(model), _shown(progress, label, len(loader)) as show:
+        model.eval()
+        for inputs, labels in loader:
+            correct += (_logits(model(inputs.to(device))).argmax(1) == labels.to(device)).sum()
+            show("")
+    return 100 * int(correct) / examples
+
+
+def training_progress(console: Console | None = None) -> Progress:
+    """A display for `train` and `evaluate`, to be used in a `with`; silent where there is no terminal."""
+    console = console or Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress("{task.description}", *columns, console=console, disable=not console.is_terminal)
+
+
+@contextmanager
+def _shown(progress: Progress | None, label: str, batches: int) -> Generator[Callable[[str], None]]:
+    """How to show that one more batch is done, and a note on it; the line vanishes at the end."""
+    progress = progress or Progress(disable=True)
+    task = progress.add_task(label, total=batches)
+    try:
+        yield lambda note: progress.update(task, advance=1, description=f"{label}{note}")
+    finally:
+        progress.remove_task(task)
+
+
+class _Meter:
+    """Loss and accuracy since the epoch began, read from the device once in a while and shown."""
+
+    def __init__(self, label: str, batches_per_epoch: int, show: Callable[[str], None]) -> None:
+        self._label = label
+        self._batches_per_epoch = batches_per_epoch
+        self._show = show
+        self._unread: list[Tensor] = []
+        self._done, self._loss, self._accuracy = 0, 0.0, 0.0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        accuracy = 100 * (logits.detach().argmax(1) == labels).float().mean()
+        self._unread.append(torch.stack((loss.detach().float(), accuracy)))
+        if len(self._unread) == _READ_EVERY:
+            self.read()
+
+    def read(self) -> None:
+        for loss, accuracy in (pair.tolist() for pair in self._unread):
+            epoch, batch = divmod(self._done, self._batches_per_epoch)
+            if not math.isfinite(loss):
+                raise TorchtrimError(
+                    f"{self._label}: expected a finite loss, found {loss} in epoch {epoch + 1}, batch "
+                    f"{batch + 1}; look for such values in the data, try a lower lr or mixed_precision='no'"
+                )
+            self._loss += (loss - self._loss) / (batch + 1)  # the mean; a new epoch's first batch replaces it
+            self._accuracy += (accuracy - self._accuracy) / (batch + 1)
+            self._done += 1
+            self._show(f", epoch {epoch + 1}: loss {self._loss:.3f}, accuracy {self._accuracy:.1f} %")
+        self._unread.clear()
+
+
+def _loss(output: Any, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """The cross entropy, auxiliary classifiers included, and the logits: float [batch, classes]."""
+    logits = _logits(output)
+    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    outputs: dict[str, Any] = output._asdict() if hasattr(output, "_asdict") else {}
+    for name, auxiliary in outputs.items():
+        if name.startswith("aux") and auxiliary is not None:
+            loss = loss + _AUXILIARY_WEIGHT * F.cross_entropy(auxiliary, labels, label_smoothing=smoothing)
+    return loss, logits
+
+
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise TorchtrimError(
+            "model: expected it to return logits [batch, classes], or an object with such `logits`, "
+            f"found {found}; train and evaluate this model with functions of your own"
+        )
+    return logits
+
+
+def _optimizer(parameters: list[nn.Parameter], training: Training) -> Optimizer:
+    if training.optimizer == "adamw":
+        return AdamW(parameters, training.lr, weight_decay=training.weight_decay)
+    return SGD(parameters, training.lr, training.momentum, weight_decay=training.weight_decay)
+
+
+def _schedule(name: ScheduleName, done: float) -> float:
+    """The factor of the learning rate when the fraction `done` of all steps is done."""
+    if name == "cosine":
+        return (1 + math.cos(math.pi * done)) / 2
+    if done < 0.3:
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * done / 0.3)) / 2
+    return (1 + math.cos(math.pi * (done - 0.3) / 0.7)) / 2
+
+
+def _shifted(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+    """Every image moved by its own random offset; its border is repeated where nothing is left to show."""
+    if not pixels or images.ndim != 4:
+        return images
+    height, width = images.shape[2:]
+    padded = F.pad(images, (pixels, pixels, pixels, pixels), mode="replicate")
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [batch, channels, down, right, height, width]
+    down, right = torch.randint(2 * pixels + 1, (2, len(images)), generator=generator).to(images.device)
+    return windows[torch.arange(len(images), device=images.device), :, down, right]
+
+
+def _precision(asked: Precision, device: torch.device) -> str:
+    if asked == "fp16" and device.type == "cpu":
+        raise TorchtrimError("Training: mixed_precision 'fp16' needs a model on a GPU, found one on the CPU")
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private: another PyTorch may lack them
+    native = device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return "bf16" if native else "no"
+
+
+@contextmanager
+def _accelerator(training: Training, device: torch.device) -> Generator[Any]:
+    """An Accelerator of our own; what is global in Accelerate is as before at the end."""
+    try:
+        from accelerate import Accelerator, DataLoaderConfiguration
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+    except ImportError as error:
+        raise TorchtrimError(f"training: {error}; run pip install 'torchtrim[train]'") from error
+    states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in states]
+    try:
+        AcceleratorState._shared_state.clear()
+        GradientState._shared_state.clear()
+        processes = PartialState(cpu=device.type == "cpu")
+        if processes.num_processes == 1:  # else Accelerate gives every process a device of its own
+            processes.device = device
+        precision = _precision(training.mixed_precision, device)
+        sharing = DataLoaderConfiguration(split_batches=True)
+        accelerator = Accelerator(mixed_precision=precision, dataloader_config=sharing)
+        kind, count = accelerator.distributed_type.value, accelerator.num_processes
+        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM") or training.batch_size % count:
+            raise TorchtrimError(
+                "training: expected data parallel processes and a batch size that they can share equally, "
+                f"found {count} processes of kind {kind} and {training.batch_size}"
+            )
+        yield accelerator
+    finally:
+        for state, content in zip(states, before, strict=True):
+            state.clear()
+            state.update(content)
+
+
+@contextmanager
+def _left_as_found(model: nn.Module, *, channels_last: bool) -> Generator[None]:
+    """At the end, all but the trained weights is as before: modes, gradients, device, layout, methods."""
+    patched = ("forward", "_original_forward", "_is_accelerate_prepared")  # what Accelerate sets on a model
+    own = {name: model.__dict__[name] for name in patched if name in model.__dict__}
+    model.__dict__.pop("_is_accelerate_prepared", None)
+    found = [(parameter, parameter.grad, parameter.is_contiguous()) for parameter in model.parameters()]
+    device = found[0][0].device
+    for parameter, _, _ in found:
+        if channels_last and parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    try:
+        with _modes_kept(model):
+            yield
+    finally:
+        for name in patched:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(own)
+        model.to(device)  # processes that were launched together train on devices of their own
+        for parameter, gradient, contiguous in found:
+            if channels_last and contiguous and parameter.ndim == 4:
+                parameter.data = parameter.data.to(memory_format=torch.contiguous_format)
+            parameter.grad = gradient
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Generator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _random_state(seed: int, device: torch.device) -> Generator[None]:
+    """Draw from `seed` inside, as dropout and augmentation do; the global state is as before at the end."""
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach every GPU
+        for gpu in gpus:
+            torch.cuda.set_rng_state(torch.Generator(gpu).manual_seed(seed).get_state(), gpu)
+        yield
