@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test slow lint types clean
 
 demo: .venv/installed
-	$(BIN)/torchtrim demo --overwrite
+	$(BIN)/python examples/train_lenet.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -94,6 +94,12 @@ class Ledger:
         self.unite(first, atoms, reason)
         return first
 
+    def absorb(self, other: "Ledger") -> None:
+        """Take over all that another ledger holds: a run counts once it has ended well."""
+        self._ones += other._ones
+        self._others += other._others
+        self._pins += other._pins
+
     def touched(self, count: int) -> NDArray[np.bool_]:
         """Which of the atoms any operator has spoken of."""
         touched = np.zeros(count, bool)
