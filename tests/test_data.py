@@ -113,9 +113,7 @@ def test_missing_idx_files_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_data(f"idx:{tmp_path}")
     assert str(tmp_path) in str(caught.value)
-    assert "found no train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz; put them there" in str(
-        caught.value
-    )
+    assert "found no train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz; put them there" in str(caught.value)
 
 
 def damaged(content: bytes) -> dict[str, tuple[bytes, str]]:
@@ -188,9 +186,7 @@ def test_unknown_names(specification: str, message: str) -> None:
 def test_batches_in_memory_and_by_example_are_equal() -> None:
     dataset = TensorDataset(torch.randn(11, 3), torch.arange(11))
     by_example = Subset(dataset, list(range(11)))
-    for (inputs, labels), (others, other_labels) in zip(
-        batches(dataset, 4), batches(by_example, 4), strict=True
-    ):
+    for (inputs, labels), (others, other_labels) in zip(batches(dataset, 4), batches(by_example, 4), strict=True):
         assert torch.equal(inputs, others)
         assert torch.equal(labels, other_labels)
     assert [len(labels) for _, labels in batches(dataset, 4)] == [4, 4, 3]
@@ -202,11 +198,7 @@ def test_shuffled_batches_follow_the_generator() -> None:
 
     def order(seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
-        return [
-            int(label)
-            for _, labels in batches(dataset, 7, shuffle=True, generator=generator)
-            for label in labels
-        ]
+        return [int(label) for _, labels in batches(dataset, 7, shuffle=True, generator=generator) for label in labels]
 
     assert order(0) == order(0) != order(1)
     assert sorted(order(0)) == list(range(50)) != order(0)
@@ -284,9 +276,7 @@ def test_mnist_with_another_checksum_is_refused(small_mnist: Path, monkeypatch: 
     assert str(path) in str(caught.value)
 
 
-def test_download_from_the_second_mirror(
-    small_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_from_the_second_mirror(small_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def urlopen(address: str, timeout: float) -> Response:
@@ -316,9 +306,7 @@ def test_offline_says_what_was_tried_and_where_to_put_the_files(
     assert "TORCHTRIM_DATA" in message
 
 
-def test_a_damaged_download_leaves_nothing(
-    small_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_download_leaves_nothing(small_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("urllib.request.urlopen", lambda address, timeout: Response(b"an error page"))
     found = hashlib.sha256(b"an error page").hexdigest()
     with pytest.raises(DataError, match=f"expected SHA-256 .*, found {found}"):

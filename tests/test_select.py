@@ -113,9 +113,7 @@ def test_parse_rule(text, rule):
     assert parse_rule(str(rule)) == rule
 
 
-@pytest.mark.parametrize(
-    "text", ["", "mean", "mean+xstd", "threshold", "fraction:", "fraction:0.3.1", "top:3"]
-)
+@pytest.mark.parametrize("text", ["", "mean", "mean+xstd", "threshold", "fraction:", "fraction:0.3.1", "top:3"])
 def test_parse_rule_refuses(text):
     with pytest.raises(PlanError, match="unknown rule"):
         parse_rule(text)
@@ -155,9 +153,7 @@ def test_unknown_layers_are_all_listed():
 
 
 def test_locked_layers():
-    layers = profile(
-        layer("a", [0, 99]), layer("out", [0, 99], unit=[-1, -1], locked="its outputs are results")
-    )
+    layers = profile(layer("a", [0, 99]), layer("out", [0, 99], unit=[-1, -1], locked="its outputs are results"))
     assert set(select(layers, rule=Threshold(0.9)).layers) == {"a"}
     assert set(select(layers, rule=Threshold(0.9), layers=["*"]).layers) == {"a"}
     with pytest.raises(PlanError, match="'out' cannot be trimmed: its outputs are results"):
@@ -197,9 +193,7 @@ def test_the_last_neuron_stays():
 
 
 def test_the_last_neuron_of_each_layer_of_a_group_stays():
-    layers = profile(
-        layer("whole", [0, 98, 99], group="whole"), layer("part", [98, 99], group="whole", unit=[1, 2])
-    )
+    layers = profile(layer("whole", [0, 98, 99], group="whole"), layer("part", [98, 99], group="whole", unit=[1, 2]))
     assert select(layers, rule=Threshold(0.5)).removed == {"whole": (2,), "part": (1,)}
 
 

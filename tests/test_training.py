@@ -234,9 +234,7 @@ def test_outputs_that_are_no_logits(output: Any) -> None:
 )
 def test_a_loss_that_is_not_finite(call: int, place: str) -> None:
     model = Recorder(fail_at=call).eval()
-    with pytest.raises(
-        TorchtrimError, match=f"fit: expected a finite loss, found nan in {place}; .*lower lr"
-    ):
+    with pytest.raises(TorchtrimError, match=f"fit: expected a finite loss, found nan in {place}; .*lower lr"):
         train(model, points(), changed(PLAIN, epochs=12), label="fit")
     assert len(model.calls) < call + 20  # it is noticed soon
     assert not model.training

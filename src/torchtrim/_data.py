@@ -81,8 +81,7 @@ def load_data(
     if kind == "imagefolder" and place:
         return _image_folder(specification, directory, calibration, seed, resize=resize, crop=crop)
     raise DataError(
-        f"data: expected one of {', '.join(SPECIFICATIONS)}, found {specification!r}"
-        + nearest(kind, SPECIFICATIONS)
+        f"data: expected one of {', '.join(SPECIFICATIONS)}, found {specification!r}" + nearest(kind, SPECIFICATIONS)
     )
 
 
@@ -132,9 +131,7 @@ def _split(count: int, calibration: int | None, seed: int, name: str) -> tuple[T
     """The indices that train and those that calibrate: int64 [count - calibration], [calibration]."""
     held_out = min(count // 10, 5_000) if calibration is None else calibration
     if not 0 < held_out < count:
-        raise DataError(
-            f"{name}: expected 1 to {count - 1} training examples for `calibration`, found {held_out}"
-        )
+        raise DataError(f"{name}: expected 1 to {count - 1} training examples for `calibration`, found {held_out}")
     order = torch.randperm(count, generator=Generator().manual_seed(seed))
     return order[held_out:], order[:held_out]
 
@@ -308,9 +305,7 @@ def _fetch(address: str) -> bytes:
 # Folders of images --------------------------------------------------------------------------------------
 
 
-def _image_folder(
-    name: str, directory: Path, calibration: int | None, seed: int, *, resize: int, crop: int
-) -> Data:
+def _image_folder(name: str, directory: Path, calibration: int | None, seed: int, *, resize: int, crop: int) -> Data:
     try:
         from torchvision import transforms
         from torchvision.datasets import ImageFolder

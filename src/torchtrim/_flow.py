@@ -107,7 +107,8 @@ class Flow(TorchDispatchMode):
         call = Call(name, args, kwargs, result, labels_of, self.ledger, self.where[-1] if self.where else "")
         row = ROWS.get(name)
         if row is None:
-            row = pointwise if torch.Tag.pointwise in func.tags else unknown
+            elementwise = torch.Tag.pointwise in func.tags or name in RECTIFIERS or name in SMOOTH
+            row = pointwise if elementwise else unknown
         found = row(call)
         outs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         labels = [found] * len(outs) if isinstance(found, Labels) else list(found)
@@ -119,16 +120,12 @@ class Flow(TorchDispatchMode):
         self.produced += call.produced
         if name not in _VIEWS:
             numbers = [float(v) for v in args if isinstance(v, float)]
-            numbers += [
-                float(t) for t in operands if t.ndim == 0 and t.device.type == "cpu" and not t.is_meta
-            ]
+            numbers += [float(t) for t in operands if t.ndim == 0 and t.device.type == "cpu" and not t.is_meta]
             seen = [(tuple(t.shape), one) for t, one in zip(operands, self.blamed, strict=True)]
             seen += [(tuple(t.shape), labels_of(t)) for t in outs]
             self.steps.append((name, call.where, tuple(numbers), tuple(seen)))
         if name in RECTIFIERS or name in SMOOTH:
-            site = Site(
-                len(self.sites), name, call.where, name in RECTIFIERS, tuple(outs[0].shape), labels[0]
-            )
+            site = Site(len(self.sites), name, call.where, name in RECTIFIERS, tuple(outs[0].shape), labels[0])
             self.sites.append(site)
         return result
 

@@ -170,9 +170,7 @@ def _uncut(recordings: Any, ledger: Ledger, count: int) -> list[tuple[Atoms, Ato
                     seen.add(id(factor))
                     atoms = canonical(factor.atoms, root)
                     if atoms is not None and sum(size > 1 for size in atoms.shape) > 1:
-                        flat = atoms.reshape(
-                            -1, atoms.shape[max(i for i, n in enumerate(atoms.shape) if n > 1)]
-                        )
+                        flat = atoms.reshape(-1, atoms.shape[max(i for i, n in enumerate(atoms.shape) if n > 1)])
                         ties.append((flat[:1], flat))
     return ties
 
@@ -206,9 +204,7 @@ def _assemble(
         for value in roots[removable].tolist():
             groups.setdefault(value, group)
         layers[name] = Layer(name, parameter, roots, removable, group, reason)
-    rooted = {
-        name: tuple(root[atoms] if atoms.size > 1 else atoms for atoms in a) for name, a in axes.items()
-    }
+    rooted = {name: tuple(root[atoms] if atoms.size > 1 else atoms for atoms in a) for name, a in axes.items()}
     return NeuronGraph(layers, rooted, device, tuple(recordings), tuple(sites), root, example)
 
 
@@ -227,9 +223,7 @@ def cut(graph: NeuronGraph, sources: Mapping[str, Tensor], kept: Kept) -> dict[s
     return result
 
 
-def prove(
-    model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept
-) -> tuple[set[int], str] | None:
+def prove(model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept) -> tuple[set[int], str] | None:
     """None if `trimmed` computes the masked model; else the roots to blame, and why.
 
     By induction over the operators: the trimmed model runs the same ones, and at each of them every label is the
@@ -304,13 +298,13 @@ def _compare(old: Labels, new: Labels, root: Atoms, kept: Kept) -> dict[int, int
         if atoms is None:
             continue
         keep = kept[atoms]
-        lines = [keep.any(axis=tuple(j for j in range(keep.ndim) if j != i)) for i in range(keep.ndim)]
+        lines = [np.atleast_1d(keep.any(axis=tuple(j for j in range(keep.ndim) if j != i))) for i in range(keep.ndim)]
         if keep.sum() != np.prod([line.sum() for line in lines]):
             return None
         for axis, line in enumerate(lines):
             if len(line) > 1:
                 where = axis - atoms.ndim
-                counts[where] = counts[where] & line if where in counts else line
+                counts[where] = np.logical_and(counts[where], line) if where in counts else line
     for factor in old.factors:
         atoms = canonical(factor.atoms, root)
         if atoms is None:

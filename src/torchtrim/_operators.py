@@ -128,14 +128,14 @@ def merge(call: Call, operands: Sequence[Operand], zero: Callable[[list[bool | N
         for raw in factors:
             factor = fit(raw, ndim)
             axes = set(factor.axes())
-            same = None
+            same: list[bool | None] | None = None
             for other, flags in found:
                 if axes & set(other.axes()):
                     call.ledger.unite(other.atoms, factor.atoms, call.reason("combined"))
                     if other.atoms.shape == factor.atoms.shape:
                         same = flags
             if same is None:
-                same = [None] * len(operands)
+                same = list[bool | None]([None] * len(operands))
                 found.append((factor, same))
             same[index] = factor.zero
     merged: list[Factor] = []
@@ -256,9 +256,7 @@ def _same(call: Call) -> Labels:
 # ------------------------------------------------------------------ contractions
 
 
-def _contract(
-    call: Call, left: Operand, right: Operand, axis: int, static: tuple[bool, bool]
-) -> list[Factor]:
+def _contract(call: Call, left: Operand, right: Operand, axis: int, static: tuple[bool, bool]) -> list[Factor]:
     """The product of two operands in one index space, summed over `axis`, which stays with size 1."""
     factors = merge(call, [left, right], _any)
     if all(static):
@@ -351,9 +349,7 @@ def _plus(call: Call, product: Labels, bias: Tensor, axis: int | None = None) ->
     factors: Sequence[Factor] = labels.factors
     if axis is not None:
         shape = (1,) * axis + shape + (1,) * (ndim - axis - 1)
-        factors = [
-            f.map(f.atoms.reshape((1,) * axis + f.atoms.shape + (1,) * (ndim - axis - 1))) for f in factors
-        ]
+        factors = [f.map(f.atoms.reshape((1,) * axis + f.atoms.shape + (1,) * (ndim - axis - 1))) for f in factors]
     merged = merge(
         call,
         [(product.factors, tuple(call.result.shape), False), (factors, shape, labels.uniform)],
@@ -364,9 +360,7 @@ def _plus(call: Call, product: Labels, bias: Tensor, axis: int | None = None) ->
 
 @row("addmm")
 def _addmm(call: Call) -> Labels:
-    return _plus(
-        call, _product(call, call.args[1], call.args[2], [(0, None), (None, 1), (1, 0)]), call.args[0]
-    )
+    return _plus(call, _product(call, call.args[1], call.args[2], [(0, None), (None, 1), (1, 0)]), call.args[0])
 
 
 @row("baddbmm")
@@ -656,9 +650,7 @@ def _piece(call: Call, axis: int, start: int, size: int, step: int = 1) -> Label
             atoms = np.moveaxis(factor.atoms, axis, 0)
             rest = atoms.shape[1:]
             if step == 1 and size and length % size == 0 and start % size == 0:
-                call.ledger.tie(
-                    atoms.reshape(length // size, size, *rest), 0, call.reason("cut into equal parts")
-                )
+                call.ledger.tie(atoms.reshape(length // size, size, *rest), 0, call.reason("cut into equal parts"))
             elif step > 1 and length % step == 0 and size == length // step:
                 call.ledger.tie(atoms.reshape(size, step, *rest), 1, call.reason("cut into equal parts"))
             else:
@@ -736,12 +728,8 @@ def _cat(call: Call) -> Labels:
             zero = zero and (index >= len(some) or some[index].zero)
             pieces.append(np.broadcast_to(atoms, [part.shape[axis] if i == axis else n
                                                   for i, n in enumerate(atoms.shape)]))  # fmt: skip
-        shape = np.broadcast_shapes(
-            *(tuple(1 if i == axis else n for i, n in enumerate(p.shape)) for p in pieces)
-        )
-        wide = [
-            np.broadcast_to(p, [p.shape[i] if i == axis else shape[i] for i in range(p.ndim)]) for p in pieces
-        ]
+        shape = np.broadcast_shapes(*(tuple(1 if i == axis else n for i, n in enumerate(p.shape)) for p in pieces))
+        wide = [np.broadcast_to(p, [p.shape[i] if i == axis else shape[i] for i in range(p.ndim)]) for p in pieces]
         factors.append(Factor(np.concatenate(wide, axis), zero))
     return Labels(tuple(factors), all(one.static for one in labels))
 

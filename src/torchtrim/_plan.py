@@ -85,16 +85,12 @@ class Plan:
                 faults.append(f"layer {name!r}: the plan has {layer.width} neurons, the model {widths[name]}")
         if faults:
             raise PlanError(
-                "the plan does not fit the model; make it from a profile of this model:\n  "
-                + "\n  ".join(faults)
+                "the plan does not fit the model; make it from a profile of this model:\n  " + "\n  ".join(faults)
             )
 
     def to_json(self) -> str:
         """The plan as JSON text, read back by `from_json`."""
-        layers = {
-            name: {"width": layer.width, "removed": list(layer.removed)}
-            for name, layer in self.layers.items()
-        }
+        layers = {name: {"width": layer.width, "removed": list(layer.removed)} for name, layer in self.layers.items()}
         content = {"format": _FORMAT, "version": _VERSION, "source": self.source, "notes": list(self.notes)}
         return json.dumps({**content, "layers": layers})
 
@@ -139,8 +135,7 @@ class Plan:
         sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(
-                [row[0].ljust(sizes[0])]
-                + [cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True)]
+                [row[0].ljust(sizes[0])] + [cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True)]
             )
             for row in rows
         ]

@@ -77,9 +77,7 @@ class Fraction:
 
     def __post_init__(self) -> None:
         if not 0 <= self.p < 1:
-            raise PlanError(
-                f"Fraction: expected a share of at least 0 and below 1, found {self.p!r}; some must stay"
-            )
+            raise PlanError(f"Fraction: expected a share of at least 0 and below 1, found {self.p!r}; some must stay")
 
     def choose(self, scores: Floats, /) -> Booleans:
         # 0.29 * 100 is 28.999999999999996, and 29 is meant.
@@ -139,9 +137,7 @@ def select(
     faults: list[str] = []
     for group in chosen:
         scores = {layer.name: _scores(function, layer) for layer in groups[group]}
-        unseen = [
-            layer.name for layer in groups[group] if np.isnan(scores[layer.name][layer.unit >= 0]).any()
-        ]
+        unseen = [layer.name for layer in groups[group] if np.isnan(scores[layer.name][layer.unit >= 0]).any()]
         if unseen and layers is None:
             notes.append(f"{', '.join(unseen)}: no activation was observed; left whole")
         elif unseen:
@@ -185,9 +181,7 @@ def _locked(layer: LayerProfile, groups: Mapping[str, list[LayerProfile]]) -> st
     if layer.locked is not None:
         return layer.locked
     tied = (
-        f"it is tied to {other.name!r}: {other.locked}"
-        for other in groups[layer.group]
-        if other.locked is not None
+        f"it is tied to {other.name!r}: {other.locked}" for other in groups[layer.group] if other.locked is not None
     )
     return next(tied, None)
 

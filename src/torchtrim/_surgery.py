@@ -51,9 +51,7 @@ def _kept(graph: NeuronGraph, plan: Choice) -> Kept:
         layer = graph.layers[name]
         stuck = [int(n) for n in neurons if not layer.removable[n]]
         if stuck:
-            faults.append(
-                f"{name}: neurons {stuck[:5]} cannot be removed: {layer.locked or 'they are pinned'}"
-            )
+            faults.append(f"{name}: neurons {stuck[:5]} cannot be removed: {layer.locked or 'they are pinned'}")
     kept = graph.bodies(plan.removed)
     for name, layer in graph.layers.items():
         if not kept[layer.roots].any():
@@ -74,9 +72,7 @@ def _carry_out(model: nn.Module, graph: NeuronGraph, kept: Kept) -> tuple[nn.Mod
             return _own(model, trimmed), kept
         blamed, reason = failure
         names = [name for name, layer in graph.layers.items() if blamed & set(layer.roots.tolist())]
-        warnings.warn(
-            f"left untrimmed: {', '.join(names) or 'everything'}: {reason}", TorchtrimWarning, stacklevel=3
-        )
+        warnings.warn(f"left untrimmed: {', '.join(names) or 'everything'}: {reason}", TorchtrimWarning, stacklevel=3)
         kept = kept.copy()
         kept[list(blamed) or slice(None)] = True
 
