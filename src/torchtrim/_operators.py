@@ -51,29 +51,10 @@ SMOOTH = frozenset(
         "tanh",
     ]
 )
-_KEEP_ZERO = RECTIFIERS - {"hardsigmoid", "threshold", "clamp", "clamp_min"} | frozenset(
-    [
-        "leaky_relu",
-        "prelu",
-        "_prelu_kernel",
-        "rrelu",
-        "elu",
-        "selu",
-        "celu",
-        "gelu",
-        "silu",
-        "mish",
-        "tanh",
-        "abs",
-        "neg",
-        "sign",
-        "sin",
-        "sqrt",
-        "square",
-        "clone",
-        "_to_copy",
-        "detach",
-    ]
+_KEEP_ZERO = (
+    RECTIFIERS - {"hardsigmoid", "threshold", "clamp", "clamp_min"}
+    | SMOOTH - {"softplus", "sigmoid", "log_sigmoid", "log_sigmoid_forward"}
+    | {"abs", "neg", "sign", "sin", "sqrt", "square", "clone", "_to_copy", "detach"}
 )
 _PRODUCTS = frozenset(["mul", "div"])
 
