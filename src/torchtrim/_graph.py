@@ -24,10 +24,14 @@ Kept = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """Neurons of one parameter. `roots`: int64 [width], one number per neuron body; equal numbers go together."""
+    """Neurons of one parameter. `roots`: int64 [width], one number per neuron body; equal numbers go together.
+
+    `axis`: the axis of `parameter` along which its neurons lie.
+    """
 
     name: str
     parameter: str
+    axis: int
     roots: Atoms
     removable: NDArray[np.bool_]
     group: str
@@ -203,7 +207,7 @@ def _assemble(
         group = next((groups[v] for v in roots[removable].tolist() if v in groups), name)
         for value in roots[removable].tolist():
             groups.setdefault(value, group)
-        layers[name] = Layer(name, parameter, roots, removable, group, reason)
+        layers[name] = Layer(name, parameter, axis, roots, removable, group, reason)
     rooted = {name: tuple(root[atoms] if atoms.size > 1 else atoms for atoms in a) for name, a in axes.items()}
     return NeuronGraph(layers, rooted, device, tuple(recordings), tuple(sites), root, example)
 
