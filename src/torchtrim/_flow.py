@@ -112,6 +112,7 @@ class Flow(TorchDispatchMode):
         found = row(call)
         outs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         labels = [found] * len(outs) if isinstance(found, Labels) else list(found)
+        labels = [self._without_constants(one, call) for one in labels]
         for out, one in zip(outs, labels, strict=False):
             if in_place and out._base is not None:
                 self._written_through_a_view(call, out, one)
@@ -128,6 +129,15 @@ class Flow(TorchDispatchMode):
             site = Site(len(self.sites), name, call.where, name in RECTIFIERS, tuple(outs[0].shape), labels[0])
             self.sites.append(site)
         return result
+
+    def _without_constants(self, labels: Labels, call: Call) -> Labels:
+        """A factor that varies along no axis can never go: its tensor would lose everything."""
+        if all(factor.atoms.size > 1 for factor in labels.factors):
+            return labels
+        for factor in labels.factors:
+            if factor.atoms.size == 1:
+                self.ledger.pin(factor.atoms.ravel(), call.reason("it would lose everything: read"))
+        return labels.with_factors(factor for factor in labels.factors if factor.atoms.size > 1)
 
     def _written_through_a_view(self, call: Call, view: Tensor, labels: Labels) -> None:
         """The base cannot learn what was written into part of it: what was written stays whole."""

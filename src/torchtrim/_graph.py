@@ -98,8 +98,6 @@ def trace(model: nn.Module, example: Any) -> NeuronGraph:
             recordings.append((True, tuple(other.steps)))
             produced += other.produced
             ledger.absorb(trial)
-    for atoms in _uncut(recordings, ledger, count):
-        ledger.unite(atoms[0], atoms[1], "stays rectangular")
     root, pinned = ledger.resolve(count)
     graph = _assemble(model, example, axes, device, recordings, flow.sites, produced, root, pinned)
     while (failure := _try(model, graph)) is not None:
@@ -158,25 +156,6 @@ def _first_run(model: nn.Module, example: Any, labels: Any, ledger: Ledger) -> t
             "Expected an input that the model accepts; pass what you call the model with: a tensor, a tuple of "
             "positional inputs, or a dict of keyword inputs."
         ) from error
-
-
-def _uncut(recordings: Any, ledger: Ledger, count: int) -> list[tuple[Atoms, Atoms]]:
-    """What a reshape cut into two axes and nothing tied must stay rectangular: tie all but the last axis."""
-    root, _ = ledger.resolve(count)
-    ties: list[tuple[Atoms, Atoms]] = []
-    seen: set[int] = set()
-    for _, steps in recordings:
-        for *_, tensors in steps:
-            for _, labels in tensors:
-                for factor in labels.factors:
-                    if len(factor.axes()) < 2 or id(factor) in seen:
-                        continue
-                    seen.add(id(factor))
-                    atoms = canonical(factor.atoms, root)
-                    if atoms is not None and sum(size > 1 for size in atoms.shape) > 1:
-                        flat = atoms.reshape(-1, atoms.shape[max(i for i, n in enumerate(atoms.shape) if n > 1)])
-                        ties.append((flat[:1], flat))
-    return ties
 
 
 def _assemble(

@@ -68,6 +68,7 @@ class Ledger:
         self._ones: list[Atoms] = []
         self._others: list[Atoms] = []
         self._pins: list[tuple[Atoms, str]] = []
+        self._rectangles: list[tuple[Atoms, str]] = []
 
     def unite(self, one: Atoms, other: Atoms, reason: str) -> None:
         """Make elements of two broadcastable arrays one neuron; what meets atom 0 is pinned."""
@@ -94,11 +95,16 @@ class Ledger:
         self.unite(first, atoms, reason)
         return first
 
+    def keep_rectangular(self, atoms: Atoms, reason: str) -> None:
+        """One axis was cut into several: what goes must be whole lines along one of them; `resolve` says which."""
+        self._rectangles.append((atoms, reason))
+
     def absorb(self, other: "Ledger") -> None:
         """Take over all that another ledger holds: a run counts once it has ended well."""
         self._ones += other._ones
         self._others += other._others
         self._pins += other._pins
+        self._rectangles += other._rectangles
 
     def touched(self, count: int) -> NDArray[np.bool_]:
         """Which of the atoms any operator has spoken of."""
@@ -110,6 +116,12 @@ class Ledger:
     def resolve(self, count: int) -> tuple[Atoms, dict[int, str]]:
         """The root of each of `count` atoms, and the first reason why a root must stay."""
         root = components(count, self._ones, self._others)
+        for atoms, reason in self._rectangles:
+            if (lines := canonical(atoms, root)) is not None and sum(size > 1 for size in lines.shape) > 1:
+                last = max(axis for axis, size in enumerate(lines.shape) if size > 1)
+                flat = np.moveaxis(lines, last, -1).reshape(-1, lines.shape[last])
+                self.unite(flat[:1], flat, reason)
+                root = components(count, self._ones, self._others)
         pinned = {0: "fixed by construction"}
         for atoms, reason in self._pins:
             for value in np.unique(root[atoms]).tolist():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchtrim._labels import UNIFORM, UNKNOWN, Atoms, Factor, Labels, Ledger, Shape, fit, reshape
+from torchtrim._labels import UNIFORM, UNKNOWN, Atoms, Factor, Labels, Ledger, Shape, compress, fit, reshape
 
 Row = Callable[["Call"], "Labels | Sequence[Labels]"]
 ROWS: dict[str, Row] = {}
@@ -360,7 +360,7 @@ def _convolution(call: Call) -> Labels:
     kernel = call.fix_axes(w.factors, spatial, "a kernel's own axes are kept")
     # index space: batch, groups, outputs of a group, inputs of a group
     ins, outs = inputs.shape[1] // groups, call.result.shape[1] // groups
-    data = [f.map(_split(f.atoms, 1, groups, ins)) for f in _flat(data)]
+    data = [f.map(compress(_split(f.atoms, 1, groups, ins))) for f in _flat(data)]
     weights: list[Factor] = []
     for factor in _flat(kernel):
         atoms = factor.atoms
@@ -373,8 +373,7 @@ def _convolution(call: Call) -> Labels:
         weights.append(factor.map(atoms[None]))
     data = [f.map(f.atoms[:, :, None, :]) for f in data]
     if groups > 1:
-        # the finer choice: whole groups go, or the same positions of every group
-        rows = groups >= max(ins, outs)
+        rows = _whole_groups_go(data, groups, ins, outs)
         why = "the groups of a convolution stay whole"
         if rows:
             data = [f.map(call.ledger.tie(f.atoms, 3, call.reason(why))) for f in data]
@@ -398,6 +397,18 @@ def _convolution(call: Call) -> Labels:
     joined = [f.map(f.atoms.reshape(*f.atoms.shape, *(1 for _ in spatial))) for f in joined]
     labels = Labels(tuple(joined), x.static and w.static)
     return labels if bias is None else _plus(call, labels, bias, 1)
+
+
+def _whole_groups_go(data: Sequence[Factor], groups: int, ins: int, outs: int) -> bool:
+    """Whether whole groups of a convolution go, or the same positions of every group: as tied so far, else the finer.
+
+    What is tied already decides first, so that a trimmed model is read as its original was.
+    """
+    if data and not any(f.varies(3) for f in data):
+        return True
+    if data and not any(f.varies(1) for f in data):
+        return False
+    return groups >= max(ins, outs)
 
 
 def _flat(factors: Sequence[Factor]) -> list[Factor]:
@@ -577,7 +588,11 @@ def _reshape(call: Call) -> Labels:
     if not labels.factors:
         return labels
     old, new = tuple(call.args[0].shape), tuple(call.result.shape)
-    return labels.with_factors(f.map(reshape(f.atoms, old, new)) for f in labels.factors)
+    factors = [f.map(reshape(f.atoms, old, new)) for f in labels.factors]
+    for before, after in zip(labels.factors, factors, strict=True):
+        if len(after.axes()) > max(1, len(before.axes())):
+            call.ledger.keep_rectangular(after.atoms, call.reason("cut into two axes"))
+    return labels.with_factors(factors)
 
 
 @row("t", "transpose", "permute", "numpy_T", "mT", "swapaxes")
