@@ -1,0 +1,460 @@
+"""Run a model over data and measure how often each of its neurons is silent.
+
+`profile` counts at the model's activation sites: on the tensors that the activation functions return, wherever and
+however often they are called. Every site's counts go to the neurons whose labels reach it (`_graph.py`).
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_safetensors
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchtrim._counting import Counts, count
+from torchtrim._errors import ProfileError, StoreError, TraceError
+from torchtrim._files import write_whole
+from torchtrim._flow import Site, named_tensors
+from torchtrim._graph import Layer, NeuronGraph, trace
+from torchtrim._operators import RECTIFIERS, SMOOTH
+from torchtrim.criteria import Floats, Integers, LayerProfile
+
+_FORMAT = "torchtrim-profile"
+_VERSION = 1
+_ARRAYS = tuple(field.name for field in fields(LayerProfile) if field.name not in ("name", "group", "locked"))
+
+
+@dataclass(frozen=True, eq=False)
+class SiteProfile:
+    """What one activation call contributed to a layer; zeros, positions: int64 [neurons].
+
+    index: the how-manieth activation call of a forward pass. operator, module: what was called, and where.
+    rectifies: whether the operator produces exact zeros, as ReLU does.
+    """
+
+    index: int
+    operator: str
+    module: str
+    rectifies: bool
+    zeros: Integers
+    positions: Integers
+
+
+class Profile(Mapping[str, LayerProfile]):
+    """What was measured of a model: a `LayerProfile` for each layer, in the order of execution.
+
+    `zeros`, `positions`, `apoz` and `mean` hold one array per layer with one entry per neuron; `examples` is how many
+    examples were seen; `sites` lists what each activation call contributed. `print(profile)` shows the mean APoZ by
+    layer, as table 1 of Hu et al., "Network Trimming", 2016, does.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LayerProfile],
+        examples: int,
+        sites: Mapping[str, tuple[SiteProfile, ...]] | None = None,
+    ) -> None:
+        self.layers = dict(layers)
+        self.examples = examples
+        self.sites = dict(sites or {})
+
+    def __getitem__(self, name: str) -> LayerProfile:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def zeros(self) -> dict[str, Integers]:
+        return {name: layer.zeros for name, layer in self.layers.items()}
+
+    @property
+    def positions(self) -> dict[str, Integers]:
+        return {name: layer.positions for name, layer in self.layers.items()}
+
+    @property
+    def apoz(self) -> dict[str, Floats]:
+        return {name: layer.apoz for name, layer in self.layers.items()}
+
+    @property
+    def mean(self) -> dict[str, Floats]:
+        return {name: layer.mean for name, layer in self.layers.items()}
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {name: layer.width for name, layer in self.layers.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as one safetensors file; it appears complete or not at all. Raises StoreError."""
+        arrays: dict[str, Any] = {}
+        described: list[dict[str, Any]] = []
+        for index, layer in enumerate(self.layers.values()):
+            arrays |= {f"{index}.{name}": np.ascontiguousarray(getattr(layer, name)) for name in _ARRAYS}
+            sites = self.sites.get(layer.name, ())
+            for position, site in enumerate(sites):
+                arrays |= {
+                    f"{index}.site{position}.zeros": site.zeros,
+                    f"{index}.site{position}.positions": site.positions,
+                }
+            described.append(
+                {
+                    "name": layer.name,
+                    "group": layer.group,
+                    "locked": layer.locked,
+                    "sites": [[site.index, site.operator, site.module, site.rectifies] for site in sites],
+                }
+            )
+        content = {"format": _FORMAT, "version": _VERSION, "examples": self.examples, "layers": described}
+        write_whole(Path(path), to_safetensors(arrays, {"torchtrim": json.dumps(content)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Profile":
+        """Read what `save` wrote. Raises StoreError when the file is missing, damaged, or something else."""
+        try:
+            with safe_open(str(path), "numpy") as file:
+                content = json.loads((file.metadata() or {}).get("torchtrim", "{}"))
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as error:
+            raise StoreError(f"{path}: expected a profile that `Profile.save` wrote, found: {error}") from error
+        if content.get("format") != _FORMAT or content.get("version") != _VERSION:
+            raise StoreError(
+                f"{path}: expected a profile of version {_VERSION} that `Profile.save` wrote, found "
+                f"{content.get('format', 'another safetensors file')!r} {content.get('version', '')}".rstrip()
+            )
+        layers: dict[str, LayerProfile] = {}
+        sites: dict[str, tuple[SiteProfile, ...]] = {}
+        for index, entry in enumerate(content["layers"]):
+            of_layer = {name: arrays[f"{index}.{name}"] for name in _ARRAYS}
+            name = entry["name"]
+            layers[name] = LayerProfile(name=name, group=entry["group"], locked=entry["locked"], **of_layer)
+            sites[name] = tuple(
+                SiteProfile(*site, arrays[f"{index}.site{position}.zeros"], arrays[f"{index}.site{position}.positions"])
+                for position, site in enumerate(entry["sites"])
+            )
+        return cls(layers, content["examples"], sites)
+
+    def __str__(self) -> str:
+        rows = [("layer", "neurons", "mean APoZ", "above 90 %", "always zero")]
+        rows += [_row(layer) for layer in self.layers.values() if layer.positions.any()]
+        sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                [row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))]
+            )
+            for row in rows
+        ]
+        unseen = [name for name, layer in self.layers.items() if not layer.positions.any()]
+        notes = [f"no activation was observed at: {', '.join(unseen)}"] if unseen else []
+        return "\n".join([f"Profile of {self.examples:,} examples", *lines, *notes])
+
+
+def _row(layer: LayerProfile) -> tuple[str, ...]:
+    apoz = layer.apoz
+    dead = layer.zeros == layer.positions
+    return (
+        layer.name,
+        str(layer.width),
+        f"{100 * np.nanmean(apoz):.2f} %",
+        str(int((apoz > 0.9).sum())),
+        str(int((dead & (layer.positions > 0)).sum())),
+    )
+
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def profile(model: nn.Module, batches: Iterable[Any], forward: Forward | None = None) -> Profile:
+    """Measure every neuron of a model over data, in one pass, in evaluation and inference mode.
+
+    batches: any iterable, such as a DataLoader. A batch that is a tensor is the model's input; of a tuple or list the
+    first element is; a mapping holds keyword inputs. `forward=lambda model, batch: ...` calls the model otherwise.
+    Tensors are moved to where the model is. Memory does not grow with the data.
+
+    The model is left as it was found: modes, gradients, hooks and random state.
+    Raises ProfileError: no batches, a batch that does not fit the model, an activation that is NaN or infinite; the
+    message names the batch, and the layer where there is one.
+    """
+    device = next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
+    call = forward or _call
+    watch = _Watch(model)
+    number = 0
+    with _as_found(model, device):
+        for number, batch in enumerate(batches, 1):
+            moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+            try:
+                watch.run(lambda: call(model, moved))  # noqa: B023
+            except (ProfileError, TraceError) as error:
+                raise ProfileError(f"batch {number}: {error}") from error
+            except Exception as error:
+                first = str(error).partition("\n")[0]
+                raise ProfileError(
+                    f"batch {number} does not fit the model: {type(error).__name__}: {first}; "
+                    "expected what the model is called with: a tensor, a tuple or list that begins with it, or a "
+                    "mapping of keyword inputs; pass forward=lambda model, batch: ... to call it otherwise"
+                ) from error
+    if watch.graph is None:
+        raise ProfileError(
+            "`forward` did not call the model; expected it to call model(...) with the batch"
+            if number and forward
+            else "expected at least one batch, found none; look at what the loader yields"
+        )
+    return _result(model, watch.graph, watch.totals, watch.examples)
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+@contextmanager
+def _as_found(model: nn.Module, device: torch.device) -> Generator[None]:
+    """Evaluation mode inside; modes and random state are as before at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            model.eval()
+            torch.backends.mha.set_fastpath_enabled(False)  # it would hide the activations of a transformer layer
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+            for module, mode in modes:
+                module.training = mode
+
+
+Totals = dict[tuple[Site, int], Counts]  # by site and by which of its factors
+
+
+class _MisfitError(Exception):
+    """The activations of this call are not those of a call that was traced."""
+
+
+class _Watch(TorchDispatchMode):
+    """Counts at the activation calls of a model while it runs.
+
+    Which neurons an activation belongs to is learnt by tracing the first call, and again any call that differs from
+    it where labels matter, such as one with larger images ahead of a flatten.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.graph: NeuronGraph | None = None
+        self.totals: Totals = {}
+        self.examples = 0
+        self._known: dict[Any, tuple[Site, ...]] = {}  # by the shapes of a call's inputs
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+        self._sites: tuple[Site, ...] | None = None  # of the call in progress
+        self._seen = 0
+        self._pending: list[tuple[Site, int, Counts]] = []
+        self._pending_examples = 0
+
+    def run(self, call: Callable[[], Any]) -> None:
+        """Call the model, and count the batch as a whole or not at all."""
+        while not self._fits(call):
+            self._learn()
+        for site, factor, counts in self._pending:
+            if not counts.finite:
+                raise ProfileError(
+                    f"NaN or infinite activations {self._where(site)}; look for such values in the weights and the data"
+                )
+            before = self.totals.get((site, factor))
+            self.totals[site, factor] = counts if before is None else before + counts
+        self.examples += self._pending_examples
+
+    def _fits(self, call: Callable[[], Any]) -> bool:
+        """Whether the activations were the known ones; `_pending` then holds what was counted at them."""
+        self._pending.clear()
+        self._pending_examples = 0
+        hooks = (
+            self.model.register_forward_pre_hook(
+                lambda _, args, kwargs: self._begin(args, kwargs), with_kwargs=True, prepend=True
+            ),
+            self.model.register_forward_hook(lambda *_: self._end()),
+        )
+        try:
+            with torch.inference_mode(), self:
+                call()
+        except _MisfitError:
+            return False
+        finally:
+            self._sites = None
+            for hook in hooks:
+                hook.remove()
+        return True
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._arguments = args, kwargs
+        if self.graph is None:
+            raise _MisfitError
+        self._sites = self._known.get(self._signature(), self.graph.sites)
+        self._seen = 0
+
+    def _end(self) -> None:
+        if self._sites is not None and self._seen != len(self._sites):
+            raise _MisfitError
+        self._sites = None
+        self._pending_examples += next((shape[0] for shape in self._signature() if shape), 1)
+
+    def _learn(self) -> None:
+        signature = self._signature()
+        if signature in self._known:
+            raise ProfileError(
+                "the model calls other activations than when it was traced on the same input, so that they cannot be "
+                "told apart; make it deterministic in evaluation mode"
+            )
+        graph = trace(self.model, _example(self.model, *self._arguments))
+        self._known[signature] = graph.sites
+        self.graph = self.graph or graph
+
+    def _signature(self) -> tuple[tuple[int, ...], ...]:
+        leaves = pytree.tree_leaves(self._arguments)
+        return tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._sites is None or func._schema.name.removeprefix("aten::").rstrip("_") not in _ACTIVATIONS:
+            return result
+        if self._seen == len(self._sites):
+            raise _MisfitError
+        site = self._sites[self._seen]
+        self._seen += 1
+        values = next(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+        for index, factor in enumerate(site.labels.factors):
+            kept = factor.axes()
+            if values.ndim != factor.atoms.ndim or any(values.shape[axis] != factor.atoms.shape[axis] for axis in kept):
+                raise _MisfitError
+            self._pending.append((site, index, count(values, kept)))
+        return result
+
+    def _where(self, site: Site) -> str:
+        graph = self.graph
+        assert graph is not None
+        roots = {int(root) for factor in site.labels.factors for root in np.unique(graph.root[factor.atoms])} - {0}
+        layers = [name for name, layer in graph.layers.items() if not roots.isdisjoint(layer.roots.tolist())]
+        place = f"{site.name} in {site.module or 'the model itself'}"
+        return f"of layer {layers[0]!r} ({place})" if layers else f"at {place}"
+
+
+_ACTIVATIONS = RECTIFIERS | SMOOTH
+
+
+def _example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An example with which `trace` calls the model as it was called."""
+    if not (args and kwargs):
+        return kwargs or args
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    return dict(bound.arguments)
+
+
+# ------------------------------------------------------------------ from sites to layers
+
+
+def _result(model: nn.Module, graph: NeuronGraph, totals: Totals, examples: int) -> Profile:
+    incoming, outgoing = _incoming(model, graph), _outgoing(model, graph)
+    seen = [_ByRoot(graph, site, index, counts) for (site, index), counts in totals.items()]
+    layers: dict[str, LayerProfile] = {}
+    sites: dict[str, tuple[SiteProfile, ...]] = {}
+    for name, layer in graph.layers.items():
+        reached = [(one, *found) for one in seen if (found := one.of(layer)) is not None]
+        sites[name] = _sites(reached)
+        # zeros say little of a smooth activation beside a rectifying one
+        chosen = [entry for entry in reached if entry[0].site.rectifies] or reached
+        nothing = np.zeros(layer.width, np.int64)
+        zeros, positions, total, square = (sum((entry[which] for entry in chosen), nothing) for which in range(1, 5))
+        layers[name] = LayerProfile(
+            name=name,
+            zeros=zeros,
+            positions=positions,
+            mean=_ratio(total, positions),
+            mean_square=_ratio(square, positions),
+            incoming_l1=incoming[name][0],
+            incoming_l2=incoming[name][1],
+            outgoing_l1=outgoing[0][layer.roots],
+            outgoing_l2=outgoing[1][layer.roots],
+            unit=np.where(layer.removable, layer.roots, -1),
+            group=layer.group,
+            locked=layer.locked,
+        )
+    return Profile(layers, examples, sites)
+
+
+class _ByRoot:
+    """The counts of one factor of one site, and how to find a layer's share of them."""
+
+    def __init__(self, graph: NeuronGraph, site: Site, index: int, counts: Counts) -> None:
+        self.site = site
+        self.roots = graph.root[site.labels.factors[index].atoms].ravel()
+        self.zeros = counts.zeros.cpu().numpy().ravel()
+        self.positions = np.full(self.zeros.size, counts.positions)
+        self.total = counts.total.cpu().numpy().ravel()
+        self.square = counts.square.cpu().numpy().ravel()
+        self.unique, self.inverse = np.unique(self.roots, return_inverse=True)
+
+    def of(self, layer: Layer) -> tuple[Any, ...] | None:
+        """zeros, positions, total, square of the layer's neurons, [neurons] each; None if it has none here."""
+        arrays = self.zeros, self.positions, self.total, self.square
+        if np.array_equal(self.roots, layer.roots):
+            return arrays  # neurons that only go together still keep counts of their own
+        place = np.searchsorted(self.unique, layer.roots).clip(max=self.unique.size - 1)
+        here = (self.unique[place] == layer.roots) & (layer.roots > 0)
+        if not here.any():
+            return None
+        gathered: list[Any] = []
+        for array in arrays:
+            sums = np.zeros(self.unique.size, array.dtype)
+            np.add.at(sums, self.inverse, array)
+            gathered.append(np.where(here, sums[place], 0))
+        return tuple(gathered)
+
+
+def _sites(reached: list[tuple[Any, ...]]) -> tuple[SiteProfile, ...]:
+    """One entry per activation call; a call that was traced at several sizes is one."""
+    merged: dict[int, SiteProfile] = {}
+    for one, zeros, positions, *_ in reached:
+        site = one.site
+        before = merged.get(site.index)
+        if before is not None:
+            zeros, positions = before.zeros + zeros, before.positions + positions  # noqa: PLW2901
+        merged[site.index] = SiteProfile(site.index, site.name, site.module, site.rectifies, zeros, positions)
+    return tuple(merged[index] for index in sorted(merged))
+
+
+def _ratio(total: Floats, positions: Integers) -> Floats:
+    return np.divide(total, positions, out=np.full(total.size, np.nan), where=positions > 0)
+
+
+def _incoming(model: nn.Module, graph: NeuronGraph) -> dict[str, tuple[Floats, Floats]]:
+    """L1 and L2 norm of the weights that produce each neuron: float64 [neurons]."""
+    tensors = named_tensors(model)
+    norms: dict[str, tuple[Floats, Floats]] = {}
+    for name, layer in graph.layers.items():
+        rows = tensors[layer.parameter].detach().double().movedim(layer.axis, 0).flatten(1)
+        norms[name] = rows.abs().sum(1).cpu().numpy(), rows.square().sum(1).sqrt().cpu().numpy()
+    return norms
+
+
+def _outgoing(model: nn.Module, graph: NeuronGraph) -> tuple[Floats, Floats]:
+    """L1 and L2 norm of the weights that read each root: float64 [roots]."""
+    first, second = np.zeros((2, len(graph.root)))
+    producing = {(layer.parameter, layer.axis) for layer in graph.layers.values()}
+    for name, parameter in model.named_parameters():
+        for axis, roots in enumerate(graph.axes[name] if parameter.ndim > 1 else ()):
+            if (name, axis) not in producing and roots.size > 1:
+                columns = parameter.detach().double().movedim(axis, 0).flatten(1)
+                np.add.at(first, roots, columns.abs().sum(1).cpu().numpy())
+                np.add.at(second, roots, columns.square().sum(1).cpu().numpy())
+    return first, np.sqrt(second)
