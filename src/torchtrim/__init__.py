@@ -1,6 +1,7 @@
 """Make trained neural networks smaller and faster by removing the neurons that stay silent."""
 
 from torchtrim import criteria
+from torchtrim._cost import Cost, measure
 from torchtrim._errors import (
     DataError,
     PlanError,
@@ -11,11 +12,14 @@ from torchtrim._errors import (
     TraceError,
 )
 from torchtrim._graph import NeuronGraph, trace
+from torchtrim._loop import Progressive, Round, Stop, iterate
 from torchtrim._plan import LayerPlan, Plan
+from torchtrim._profile import Profile, profile
 from torchtrim._select import Fraction, MeanPlusStd, Threshold, select
 from torchtrim._surgery import mask, trim
 
 __all__ = [
+    "Cost",
     "DataError",
     "Fraction",
     "LayerPlan",
@@ -23,14 +27,21 @@ __all__ = [
     "NeuronGraph",
     "Plan",
     "PlanError",
+    "Profile",
     "ProfileError",
+    "Progressive",
+    "Round",
+    "Stop",
     "StoreError",
     "Threshold",
     "TorchtrimError",
     "TorchtrimWarning",
     "TraceError",
     "criteria",
+    "iterate",
     "mask",
+    "measure",
+    "profile",
     "select",
     "trace",
     "trim",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -140,8 +140,14 @@ class Profile(Mapping[str, LayerProfile]):
             name = entry["name"]
             layers[name] = LayerProfile(name=name, group=entry["group"], locked=entry["locked"], **of_layer)
             sites[name] = tuple(
-                SiteProfile(*site, arrays[f"{index}.site{position}.zeros"], arrays[f"{index}.site{position}.positions"])
-                for position, site in enumerate(entry["sites"])
+                SiteProfile(
+                    site,
+                    operator,
+                    module,
+                    rectifies,
+                    *(arrays[f"{index}.site{at}.{kind}"] for kind in ("zeros", "positions")),
+                )
+                for at, (site, operator, module, rectifies) in enumerate(entry["sites"])
             )
         return cls(layers, content["examples"], sites)
 
@@ -211,6 +217,11 @@ def profile(model: nn.Module, batches: Iterable[Any], forward: Forward | None = 
             else "expected at least one batch, found none; look at what the loader yields"
         )
     return _result(model, watch.graph, watch.totals, watch.examples)
+
+
+def unmeasured(model: nn.Module, graph: NeuronGraph) -> Profile:
+    """The profile of a model that has seen no data: its layers, groups, locks and norms of weights."""
+    return _result(model, graph, {}, 0)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -369,18 +380,19 @@ def _result(model: nn.Module, graph: NeuronGraph, totals: Totals, examples: int)
     layers: dict[str, LayerProfile] = {}
     sites: dict[str, tuple[SiteProfile, ...]] = {}
     for name, layer in graph.layers.items():
-        reached = [(one, *found) for one in seen if (found := one.of(layer)) is not None]
+        reached = [(one.site, found) for one in seen if (found := one.of(layer)) is not None]
         sites[name] = _sites(reached)
         # zeros say little of a smooth activation beside a rectifying one
-        chosen = [entry for entry in reached if entry[0].site.rectifies] or reached
-        nothing = np.zeros(layer.width, np.int64)
-        zeros, positions, total, square = (sum((entry[which] for entry in chosen), nothing) for which in range(1, 5))
+        chosen = [entry for entry in reached if entry[0].rectifies] or reached
+        share = _Share.of_nothing(layer.width)
+        for _, part in chosen:
+            share = share.plus(part)
         layers[name] = LayerProfile(
             name=name,
-            zeros=zeros,
-            positions=positions,
-            mean=_ratio(total, positions),
-            mean_square=_ratio(square, positions),
+            zeros=share.zeros,
+            positions=share.positions,
+            mean=_ratio(share.total, share.positions),
+            mean_square=_ratio(share.square, share.positions),
             incoming_l1=incoming[name][0],
             incoming_l2=incoming[name][1],
             outgoing_l1=outgoing[0][layer.roots],
@@ -392,45 +404,63 @@ def _result(model: nn.Module, graph: NeuronGraph, totals: Totals, examples: int)
     return Profile(layers, examples, sites)
 
 
+class _Share(NamedTuple):
+    """The counts of some neurons: int64 or float64, [neurons] each."""
+
+    zeros: Integers
+    positions: Integers
+    total: Floats
+    square: Floats
+
+    @classmethod
+    def of_nothing(cls, width: int) -> "_Share":
+        none = np.zeros(width, np.int64)
+        return cls(none, none, none.astype(np.float64), none.astype(np.float64))
+
+    def plus(self, other: "_Share") -> "_Share":
+        return _Share(
+            self.zeros + other.zeros,
+            self.positions + other.positions,
+            self.total + other.total,
+            self.square + other.square,
+        )
+
+
 class _ByRoot:
     """The counts of one factor of one site, and how to find a layer's share of them."""
 
     def __init__(self, graph: NeuronGraph, site: Site, index: int, counts: Counts) -> None:
         self.site = site
         self.roots = graph.root[site.labels.factors[index].atoms].ravel()
-        self.zeros = counts.zeros.cpu().numpy().ravel()
-        self.positions = np.full(self.zeros.size, counts.positions)
-        self.total = counts.total.cpu().numpy().ravel()
-        self.square = counts.square.cpu().numpy().ravel()
+        zeros, total, square = (t.cpu().numpy().ravel() for t in (counts.zeros, counts.total, counts.square))
+        self.counts = _Share(zeros, np.full(zeros.size, counts.positions), total, square)
         self.unique, self.inverse = np.unique(self.roots, return_inverse=True)
 
-    def of(self, layer: Layer) -> tuple[Any, ...] | None:
-        """zeros, positions, total, square of the layer's neurons, [neurons] each; None if it has none here."""
-        arrays = self.zeros, self.positions, self.total, self.square
+    def of(self, layer: Layer) -> _Share | None:
+        """What was counted of the layer's neurons; None if it has none here."""
         if np.array_equal(self.roots, layer.roots):
-            return arrays  # neurons that only go together still keep counts of their own
+            return self.counts  # neurons that only go together still keep counts of their own
         place = np.searchsorted(self.unique, layer.roots).clip(max=self.unique.size - 1)
         here = (self.unique[place] == layer.roots) & (layer.roots > 0)
         if not here.any():
             return None
         gathered: list[Any] = []
-        for array in arrays:
+        for array in self.counts:
             sums = np.zeros(self.unique.size, array.dtype)
             np.add.at(sums, self.inverse, array)
             gathered.append(np.where(here, sums[place], 0))
-        return tuple(gathered)
+        return _Share(*gathered)
 
 
-def _sites(reached: list[tuple[Any, ...]]) -> tuple[SiteProfile, ...]:
+def _sites(reached: list[tuple[Site, _Share]]) -> tuple[SiteProfile, ...]:
     """One entry per activation call; a call that was traced at several sizes is one."""
-    merged: dict[int, SiteProfile] = {}
-    for one, zeros, positions, *_ in reached:
-        site = one.site
-        before = merged.get(site.index)
-        if before is not None:
-            zeros, positions = before.zeros + zeros, before.positions + positions  # noqa: PLW2901
-        merged[site.index] = SiteProfile(site.index, site.name, site.module, site.rectifies, zeros, positions)
-    return tuple(merged[index] for index in sorted(merged))
+    merged: dict[int, tuple[Site, _Share]] = {}
+    for site, share in reached:
+        merged[site.index] = (site, merged[site.index][1].plus(share) if site.index in merged else share)
+    return tuple(
+        SiteProfile(site.index, site.name, site.module, site.rectifies, share.zeros, share.positions)
+        for _, (site, share) in sorted(merged.items())
+    )
 
 
 def _ratio(total: Floats, positions: Integers) -> Floats:

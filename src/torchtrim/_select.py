@@ -126,10 +126,7 @@ def select(
     observed; with `layers=None`, such a group is left whole, and a note says so.
     """
     function = criteria.resolve(criterion)
-    groups: dict[str, list[LayerProfile]] = {}
-    for layer in profile.values():
-        if layer.locked is None or (layer.unit >= 0).any():
-            groups.setdefault(layer.group, []).append(layer)
+    groups = _groups(profile)
     chosen = _chosen_groups(profile, groups, layers)
 
     removed: dict[str, tuple[int, ...]] = {}
@@ -150,6 +147,19 @@ def select(
     return Plan(plans, f"{getattr(function, '__name__', type(function).__name__)}, {rule}", tuple(notes))
 
 
+def check_layers(profile: Mapping[str, LayerProfile], layers: Sequence[str] | None) -> None:
+    """Raise the PlanError that `select` would raise for these layers, before anything is measured."""
+    _chosen_groups(profile, _groups(profile), layers)
+
+
+def _groups(profile: Mapping[str, LayerProfile]) -> dict[str, list[LayerProfile]]:
+    groups: dict[str, list[LayerProfile]] = {}
+    for layer in profile.values():
+        if layer.locked is None or (layer.unit >= 0).any():
+            groups.setdefault(layer.group, []).append(layer)
+    return groups
+
+
 def _chosen_groups(
     profile: Mapping[str, LayerProfile],
     groups: Mapping[str, list[LayerProfile]],
@@ -161,6 +171,9 @@ def _chosen_groups(
         raise PlanError(f"layers: expected a sequence of names, found the text {layers!r}; pass [{layers!r}]")
     if layers is None:
         names = [name for name, reason in reasons.items() if reason is None]
+        if not names:
+            why = "\n  ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise PlanError(f"the model has no layer that can be trimmed:\n  {why or 'it has no layers'}")
         return list(dict.fromkeys(profile[name].group for name in names))
     names, faults = [], []
     for asked in layers:

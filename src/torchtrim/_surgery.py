@@ -1,37 +1,33 @@
 """Carry out a plan: `trim` removes neurons for good, `mask` silences them and is the oracle of every test."""
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from torchtrim._errors import PlanError, TorchtrimWarning
 from torchtrim._flow import named_tensors, rebuild
 from torchtrim._graph import Kept, NeuronGraph, cut, prove, trace
+from torchtrim._history import remember
+from torchtrim._plan import LayerPlan, Plan
 from torchtrim._surgery_attributes import set_attributes
 
 
-class Choice(Protocol):
-    """What surgery needs of a plan: it fits these widths, and names the neurons to remove."""
-
-    @property
-    def removed(self) -> Mapping[str, Sequence[int]]: ...
-    def check(self, widths: Mapping[str, int]) -> None: ...
-
-
-def trim(model: nn.Module, plan: Choice, example: Any) -> nn.Module:
+def trim(model: nn.Module, plan: Plan, example: Any) -> nn.Module:
     """A new model without the plan's neurons; `model` is untouched.
 
     Raises `PlanError` when the plan does not fit the model. A group that cannot be proved stays whole, with a
-    `TorchtrimWarning` that says why.
+    `TorchtrimWarning` that says why. The plan as it was carried out is noted on the new model, for `save`.
     """
     graph = trace(model, example)
-    return _carry_out(model, graph, _kept(graph, plan))[0]
+    trimmed, kept = _carry_out(model, graph, _kept(graph, plan))
+    remember(model, trimmed, _carried_out(graph, plan, kept))
+    return trimmed
 
 
-def mask(model: nn.Module, plan: Choice, example: Any) -> nn.Module:
+def mask(model: nn.Module, plan: Plan, example: Any) -> nn.Module:
     """A new model of the old shape in which the plan's neurons are silent: their parameters are zero."""
     graph = trace(model, example)
     _, kept = _carry_out(model, graph, _kept(graph, plan))
@@ -40,11 +36,11 @@ def mask(model: nn.Module, plan: Choice, example: Any) -> nn.Module:
         for axis, roots in enumerate(graph.axes[name]):
             gone = np.flatnonzero(~kept[roots]) if roots.size > 1 else []
             if len(gone):
-                parameter.data.index_fill_(axis, parameter.data.new_tensor(gone).long(), 0)
+                parameter.data.index_fill_(axis, torch.from_numpy(gone).to(parameter.device), 0)
     return silent
 
 
-def _kept(graph: NeuronGraph, plan: Choice) -> Kept:
+def _kept(graph: NeuronGraph, plan: Plan) -> Kept:
     plan.check({name: layer.width for name, layer in graph.layers.items()})
     faults: list[str] = []
     for name, neurons in plan.removed.items():
@@ -59,6 +55,16 @@ def _kept(graph: NeuronGraph, plan: Choice) -> Kept:
     if faults:
         raise PlanError("the plan cannot be carried out:\n  " + "\n  ".join(faults))
     return kept
+
+
+def _carried_out(graph: NeuronGraph, plan: Plan, kept: Kept) -> Plan:
+    """The plan with what really went: tied layers are listed, and what had to stay is not."""
+    layers: dict[str, LayerPlan] = {}
+    for name, layer in graph.layers.items():
+        gone = np.flatnonzero(~kept[layer.roots])
+        if name in plan.layers or gone.size:
+            layers[name] = LayerPlan(layer.width, tuple(gone.tolist()))
+    return Plan(layers, plan.source, plan.notes)
 
 
 def _carry_out(model: nn.Module, graph: NeuronGraph, kept: Kept) -> tuple[nn.Module, Kept]:

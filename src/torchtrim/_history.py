@@ -1,0 +1,45 @@
+"""What was done to a trimmed model since its ancestor; kept on the model itself, so that copies carry it too."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from torchtrim._flow import named_tensors
+from torchtrim._plan import Plan
+
+_ATTRIBUTE = "_torchtrim_history"
+
+
+@dataclass(frozen=True)
+class History:
+    """plans: the plans that were carried out, oldest first. shapes: of the ancestor's parameters and buffers.
+
+    attributes: by module, the attributes that describe widths and are not the ancestor's, such as `out_channels`.
+    """
+
+    plans: tuple[Plan, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    attributes: Mapping[str, Mapping[str, Any]]
+
+
+def history(model: nn.Module) -> History:
+    """The history of a model; one without plans if it was never trimmed."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    return getattr(model, _ATTRIBUTE, History((), shapes, {}))
+
+
+def remember(model: nn.Module, trimmed: nn.Module, plan: Plan) -> None:
+    """Note on `trimmed` that it is `model` after this plan."""
+    before = history(model)
+    attributes = {name: dict(values) for name, values in before.attributes.items()}
+    for (name, old), new in zip(model.named_modules(), trimmed.modules(), strict=True):
+        changed = {
+            key: value
+            for key, value in vars(new).items()
+            if isinstance(value, (int, tuple)) and not isinstance(value, bool) and vars(old).get(key) != value
+        }
+        if changed:
+            attributes[name] = attributes.get(name, {}) | changed
+    setattr(trimmed, _ATTRIBUTE, History((*before.plans, plan), before.shapes, attributes))

@@ -1,0 +1,271 @@
+"""The loop of the paper: profile, choose, trim, retrain, and again, a round at a time.
+
+`iterate` is a generator of rounds; whoever draws from it decides what to keep. Hu et al., "Network Trimming", 2016.
+"""
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from torchtrim import criteria
+from torchtrim._cost import Cost, measure_beside
+from torchtrim._errors import TorchtrimError
+from torchtrim._graph import trace
+from torchtrim._history import history
+from torchtrim._plan import Plan
+from torchtrim._profile import Forward, Profile, profile, unmeasured
+from torchtrim._select import Rule, check_layers, select
+from torchtrim._surgery import trim
+from torchtrim.criteria import Criterion
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What `evaluate` said of the model before the round, right after trimming, and after retraining."""
+
+    before: float
+    trimmed: float
+    retrained: float
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """One pass through the loop.
+
+    number: from 1. model: the trimmed and retrained model. layers: those the plan could choose from.
+    plan: what was removed. profile: what it was decided on. cost, ancestor: of the model and of the loop's first
+    model, timed side by side. accuracy: by `evaluate`, which decides. test: by `test`, which is only reported.
+    seconds: what each step took.
+    """
+
+    number: int
+    model: nn.Module
+    layers: tuple[str, ...]
+    plan: Plan
+    profile: Profile
+    cost: Cost
+    ancestor: Cost
+    accuracy: Accuracy
+    test: Accuracy | None
+    seconds: Mapping[str, float]
+
+    @property
+    def compression(self) -> float:
+        """Parameters of the ancestor over parameters left."""
+        return self.ancestor.parameters / self.cost.parameters
+
+    @property
+    def speedup(self) -> float:
+        """Latency of the ancestor over latency now."""
+        return self.ancestor.latency / self.cost.latency
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Neurons of every layer after the round."""
+        kept = {name: layer.remaining for name, layer in self.plan.layers.items()}
+        return self.profile.widths | kept
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When the loop ends: after so many rounds, at this compression, or below this accuracy after retraining.
+
+    Whichever comes first; the loop also ends when the rule removes nothing. The round that reaches a limit is still
+    yielded, so that one that fell below the accuracy can be looked at. accuracy is in the unit of `evaluate`.
+    """
+
+    rounds: int | None = None
+    compression: float | None = None
+    accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} must be {expected}, found {value!r}"
+            for name, expected, value, least in (
+                ("rounds", "at least 1", self.rounds, 1),
+                ("compression", "above 1", self.compression, 1 + 1e-12),
+            )
+            if value is not None and not value >= least
+        ]
+        if self.rounds is self.compression is self.accuracy is None:
+            faults.append("expected at least one of rounds, compression, accuracy, found none")
+        if faults:
+            raise TorchtrimError("Stop: " + "; ".join(faults))
+
+    def reached(self, done: Round) -> bool:
+        """Whether the loop ends with this round."""
+        return (
+            (self.rounds is not None and done.number >= self.rounds)
+            or (self.compression is not None and done.compression >= self.compression)
+            or (self.accuracy is not None and done.accuracy.retrained < self.accuracy)
+        )
+
+
+@dataclass(frozen=True)
+class Progressive:
+    """Which layers each round trims, as in the paper: first those of highest mean APoZ, then their neighbours too.
+
+    start: how many layers the first round trims. Neighbours are the layers before and after in order of execution.
+    Hu et al., "Network Trimming", 2016, sections 2.3 and 3.
+    """
+
+    start: int = 2
+
+    def __post_init__(self) -> None:
+        if self.start < 1:
+            raise TorchtrimError(f"Progressive: expected a start of at least 1, found {self.start!r}")
+
+    def choose(self, measured: Profile, before: Sequence[str]) -> tuple[str, ...]:
+        """The layers of the next round, after one that trimmed the layers `before`."""
+        able = [
+            name
+            for name, layer in measured.items()
+            if name == layer.group and layer.locked is None and layer.positions.any()
+        ]
+        if not before:
+            silent = sorted(able, key=lambda name: -float(np.nanmean(measured[name].apoz)))
+            return tuple(name for name in able if name in silent[: self.start])
+        trimmed = {able.index(name) for name in before if name in able}
+        near = {place + step for place in trimmed for step in (-1, 0, 1)}
+        return tuple(name for place, name in enumerate(able) if place in near)
+
+
+Retrain = Callable[[nn.Module], Any]
+Evaluate = Callable[[nn.Module], float]
+
+
+def iterate(
+    model: nn.Module,
+    example: Any,
+    batches: Iterable[Any],
+    *,
+    retrain: Retrain,
+    evaluate: Evaluate,
+    rule: Rule,
+    stop: Stop,
+    layers: Sequence[str] | Progressive | None = None,
+    criterion: Criterion | str = criteria.apoz,
+    test: Evaluate | None = None,
+    forward: Forward | None = None,
+    seed: int = 0,
+    done: Sequence[Round] = (),
+) -> Iterator[Round]:
+    """Trim a model round by round; yields a `Round` after each. `model` itself is not changed.
+
+    batches: data to measure on, held out of training, read once a round. retrain: trains the model it is given, in
+    place; the global random state is seeded from `seed` and the round's number around it, and restored.
+    evaluate: the accuracy that stop conditions look at; use data that is not the test set. test: an accuracy that
+    is only reported. layers: names or patterns, `Progressive(...)`, or None for all that can be trimmed.
+    done: rounds of an interrupted loop of the same arguments; it goes on after them, with the same result as without
+    the interruption.
+
+    Raises, before any work: TraceError when the model cannot run on the example, PlanError for unknown or locked
+    layers, or when none can be trimmed. Surgery and measuring raise theirs.
+    """
+    graph = trace(model, example)
+    check_layers(unmeasured(model, graph), None if isinstance(layers, Progressive) else layers)
+    criteria.resolve(criterion)
+    if isinstance(batches, Iterator):
+        raise TorchtrimError(
+            f"batches: expected data that can be read once a round, such as a list or a DataLoader, found the "
+            f"iterator {type(batches).__name__}, which is used up after one"
+        )
+    settings = _Settings(example, batches, retrain, evaluate, rule, stop, layers, criterion, test, forward, seed)
+    return _rounds(model, settings, list(done))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    example: Any
+    batches: Iterable[Any]
+    retrain: Retrain
+    evaluate: Evaluate
+    rule: Rule
+    stop: Stop
+    layers: Sequence[str] | Progressive | None
+    criterion: Criterion | str
+    test: Evaluate | None
+    forward: Forward | None
+    seed: int
+
+
+def _rounds(ancestor: nn.Module, settings: _Settings, done: list[Round]) -> Iterator[Round]:
+    last = done[-1] if done else None
+    while last is None or not settings.stop.reached(last):
+        last = _round(ancestor, last, settings)
+        if last is None:
+            return
+        yield last
+
+
+def _round(ancestor: nn.Module, last: Round | None, settings: _Settings) -> Round | None:
+    """The next round, or None when the rule removes nothing."""
+    model = last.model if last else ancestor
+    clock = _Clock()
+    with clock("profile"):
+        measured = profile(model, settings.batches, settings.forward)
+    with clock("select"):
+        layers = settings.layers
+        if isinstance(layers, Progressive):
+            layers = layers.choose(measured, last.layers if last else ())
+        plan = select(measured, rule=settings.rule, layers=layers, criterion=settings.criterion)
+    if not plan.removed:
+        return None
+    with clock("evaluate"):
+        before = last.accuracy.retrained if last else settings.evaluate(model)
+        before_test = last.test.retrained if last and last.test else settings.test and settings.test(model)
+    with clock("trim"):
+        small = trim(model, plan, settings.example)
+    if not (plan := history(small).plans[-1]).removed:
+        return None
+    with clock("evaluate"):
+        trimmed, trimmed_test = settings.evaluate(small), settings.test and settings.test(small)
+    number = last.number + 1 if last else 1
+    with clock("retrain"), _seeded(settings.seed, number):
+        settings.retrain(small)
+    with clock("evaluate"):
+        retrained, retrained_test = settings.evaluate(small), settings.test and settings.test(small)
+    with clock("measure"):
+        cost, first = measure_beside([small, ancestor], settings.example)
+    test = None
+    if before_test is not None and trimmed_test is not None and retrained_test is not None:
+        test = Accuracy(before_test, trimmed_test, retrained_test)
+    return Round(
+        number,
+        small,
+        tuple(plan.layers),
+        plan,
+        measured,
+        cost,
+        first,
+        Accuracy(before, trimmed, retrained),
+        test,
+        clock.seconds,
+    )
+
+
+class _Clock:
+    """Adds up the seconds of each named step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Generator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - begun
+
+
+@contextmanager
+def _seeded(seed: int, number: int) -> Generator[None]:
+    """Random numbers that follow from the seed and the round alone; the global state is restored at the end."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(1_000 * seed + number)
+        yield
