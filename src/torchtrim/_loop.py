@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -211,9 +212,9 @@ def _round(ancestor: nn.Module, last: Round | None, settings: _Settings) -> Roun
     with clock("profile"):
         measured = profile(model, settings.batches, settings.forward)
     with clock("select"):
-        layers = settings.layers
-        if isinstance(layers, Progressive):
-            layers = layers.choose(measured, last.layers if last else ())
+        layers = _layers_left(settings.layers, measured, last)
+        if not layers:
+            return None
         plan = select(measured, rule=settings.rule, layers=layers, criterion=settings.criterion)
     if not plan.removed:
         return None
@@ -248,6 +249,17 @@ def _round(ancestor: nn.Module, last: Round | None, settings: _Settings) -> Roun
         test,
         clock.seconds,
     )
+
+
+def _layers_left(layers: Sequence[str] | Progressive | None, measured: Profile, last: Round | None) -> tuple[str, ...]:
+    """The layers to trim next; one of which a single neuron is left has nothing more to give."""
+    if isinstance(layers, Progressive):
+        return layers.choose(measured, last.layers if last else ())
+    able = [name for name, layer in measured.items() if layer.locked is None and layer.positions.any()]
+    if layers is None:
+        return tuple(able)
+    asked = [name for name in measured if any(fnmatchcase(name, pattern) for pattern in layers)]
+    return tuple(name for name in asked if name in able or last is None)
 
 
 class _Clock:

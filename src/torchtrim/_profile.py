@@ -203,13 +203,6 @@ def profile(model: nn.Module, batches: Iterable[Any], forward: Forward | None = 
                 watch.run(lambda: call(model, moved))  # noqa: B023
             except (ProfileError, TraceError) as error:
                 raise ProfileError(f"batch {number}: {error}") from error
-            except Exception as error:
-                first = str(error).partition("\n")[0]
-                raise ProfileError(
-                    f"batch {number} does not fit the model: {type(error).__name__}: {first}; "
-                    "expected what the model is called with: a tensor, a tuple or list that begins with it, or a "
-                    "mapping of keyword inputs; pass forward=lambda model, batch: ... to call it otherwise"
-                ) from error
     if watch.graph is None:
         raise ProfileError(
             "`forward` did not call the model; expected it to call model(...) with the batch"
@@ -301,6 +294,13 @@ class _Watch(TorchDispatchMode):
                 call()
         except _MisfitError:
             return False
+        except Exception as error:
+            first = str(error).partition("\n")[0]
+            raise ProfileError(
+                f"{type(self.model).__name__} cannot run on it: {type(error).__name__}: {first}; expected what the "
+                "model is called with: a tensor, a tuple or list that begins with it, or a mapping of keyword inputs; "
+                "pass forward=lambda model, batch: ... to call it otherwise"
+            ) from error
         finally:
             self._sites = None
             for hook in hooks:

@@ -1,0 +1,211 @@
+"""Rounds on small networks and random data."""
+
+import itertools
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchtrim
+from torchtrim import Fraction, PlanError, Progressive, Round, Stop, TorchtrimError, TraceError, _loop, iterate
+
+
+@pytest.fixture(autouse=True)
+def short_timings(monkeypatch) -> None:
+    monkeypatch.setattr(_loop, "measure_beside", partial(_loop.measure_beside, seconds=0))
+
+
+class Chain(nn.Module):
+    """Five hidden layers of 12; inputs [batch, 4] → [batch, 3]. Layers with a large bias are silent less often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [4, 12, 12, 12, 12, 12, 3]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            inputs = F.relu(layer(inputs))
+        return self.layers[-1](inputs)
+
+
+INPUTS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+LABELS = INPUTS[:, 0].gt(0).long()
+
+
+def chain(seed: int = 0) -> Chain:
+    torch.manual_seed(seed)
+    return Chain()
+
+
+def retrain(model: nn.Module) -> None:
+    """Noisy steps, so that the seed around them matters."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(5):
+        loss = F.cross_entropy(model(INPUTS + 0.1 * torch.randn_like(INPUTS)), LABELS)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def accuracy(model: nn.Module) -> float:
+    with torch.no_grad():
+        return 100 * float((model(INPUTS).argmax(1) == LABELS).float().mean())
+
+
+def rounds(model: nn.Module, **changes) -> list[Round]:
+    settings = {"rule": Fraction(0.25), "stop": Stop(rounds=3), "retrain": retrain, "evaluate": accuracy}
+    return list(iterate(model, INPUTS[:2], [INPUTS], **(settings | changes)))
+
+
+def test_a_round_says_what_happened() -> None:
+    model = chain()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = rounds(model, layers=["layers.1", "layers.3"])
+    assert [done.number for done in found] == [1, 2, 3]
+    assert [list(done.widths.values()) for done in found] == [
+        [12, 9, 12, 9, 12, 3],
+        [12, 7, 12, 7, 12, 3],
+        [12, 6, 12, 6, 12, 3],
+    ]
+    for done, earlier in zip(found, [None, *found], strict=False):
+        assert done.layers == ("layers.1", "layers.3")
+        assert done.cost.parameters == sum(parameter.numel() for parameter in done.model.parameters())
+        assert done.compression == sum(p.numel() for p in model.parameters()) / done.cost.parameters
+        assert done.accuracy.before == (earlier.accuracy.retrained if earlier else accuracy(model))
+        assert done.accuracy.retrained == accuracy(done.model)
+        start = torchtrim.trim(earlier.model if earlier else model, done.plan, INPUTS[:2])
+        assert done.accuracy.trimmed == accuracy(start)
+        assert set(done.seconds) == {"profile", "select", "trim", "retrain", "evaluate", "measure"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_retraining_starts_from_the_surviving_weights() -> None:
+    model, seen = chain(), []
+    rounds(
+        model,
+        retrain=lambda small: seen.append(small.layers[1].weight.clone()),
+        stop=Stop(rounds=1),
+        layers=["layers.1"],
+    )
+    plan = rounds(model, stop=Stop(rounds=1), layers=["layers.1"])[0].plan
+    kept = np.setdiff1d(np.arange(12), plan.removed["layers.1"])
+    assert torch.equal(seen[0], model.layers[1].weight[kept])
+
+
+def test_decisions_ignore_the_test_set() -> None:
+    model = chain()
+    one = rounds(model, test=lambda _: 1.0)
+    other = rounds(model, test=lambda _: 99.0)
+    assert [done.plan for done in one] == [done.plan for done in other]
+    assert {done.test.retrained for done in one} == {1.0}
+    assert rounds(model)[0].test is None
+
+
+def test_seeded_and_the_global_random_state_restored() -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    one, other = rounds(chain()), rounds(chain())
+    different = rounds(chain(), seed=1)
+    for done, again, else_ in zip(one, other, different, strict=True):
+        for a, b in zip(done.model.parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert any(
+            a.shape != b.shape or not torch.equal(a, b)
+            for a, b in zip(done.model.parameters(), else_.model.parameters(), strict=True)
+        )
+    torch.manual_seed(5)
+    model = Chain()
+    state = torch.get_rng_state()
+    rounds(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_goes_on_after_what_is_done() -> None:
+    model = chain()
+    whole = rounds(model)
+    rest = rounds(model, done=whole[:1])
+    assert [done.number for done in rest] == [2, 3]
+    for done, again in zip(whole[1:], rest, strict=True):
+        assert done.plan == again.plan
+        assert done.accuracy == again.accuracy
+        for a, b in zip(done.model.parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert rounds(model, done=whole) == []
+
+
+@pytest.mark.parametrize(
+    ("stop", "reached"),
+    [
+        (Stop(rounds=2), lambda done: done.number == 2),
+        (Stop(compression=2), lambda done: done.compression >= 2),
+        (Stop(rounds=9, compression=1.5), lambda done: done.compression >= 1.5),
+        (Stop(accuracy=101.0), lambda done: done.number == 1),
+    ],
+)
+def test_stops(stop, reached) -> None:
+    found = rounds(chain(), stop=stop)
+    assert [reached(done) for done in found] == [False] * (len(found) - 1) + [True]
+
+
+def test_ends_when_nothing_is_removed() -> None:
+    assert rounds(chain(), rule=torchtrim.Threshold(2), stop=Stop(compression=100)) == []
+    found = rounds(chain(), rule=Fraction(0.5), stop=Stop(compression=1e6))
+    assert set(found[-1].widths.values()) == {1, 3}
+
+
+def test_progressive_spreads_from_the_most_silent_layers() -> None:
+    model = chain()
+    with torch.no_grad():
+        model.layers[3].bias -= 0.5  # the most silent layer
+        for place in (0, 1, 2, 4):
+            model.layers[place].bias += 0.3
+    found = rounds(model, layers=Progressive(start=1))
+    assert [done.layers for done in found] == [
+        ("layers.3",),
+        ("layers.2", "layers.3", "layers.4"),
+        ("layers.1", "layers.2", "layers.3", "layers.4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"layers": ["layers.9"]}, PlanError, r"unknown layer 'layers.9'; did you mean"),
+        ({"layers": ["layers.5"]}, PlanError, "output of the model"),
+        ({"criterion": "apos"}, PlanError, "unknown criterion 'apos'"),
+    ],
+)
+def test_bad_requests_end_before_any_work(changes, error, message) -> None:
+    def never(*_):
+        raise AssertionError("work has begun")
+
+    with pytest.raises(error, match=message):
+        rounds(chain(), evaluate=never, retrain=never, **changes)
+
+
+def test_bad_requests_do_not_wait_for_the_first_round() -> None:
+    settings = {"retrain": retrain, "evaluate": accuracy, "rule": Fraction(0.1), "stop": Stop(1)}
+    with pytest.raises(PlanError, match="unknown layer"):
+        iterate(chain(), INPUTS, [INPUTS], layers=["x"], **settings)
+    with pytest.raises(TraceError, match="Chain cannot run on the example"):
+        iterate(chain(), INPUTS.T, [INPUTS], **settings)
+    with pytest.raises(TorchtrimError, match="iterator generator"):
+        iterate(chain(), INPUTS, (x for x in [INPUTS]), **settings)
+
+
+def test_a_model_without_trimmable_layers_says_why() -> None:
+    with pytest.raises(PlanError, match=r"no layer that can be trimmed:\n.*output of the model"):
+        rounds(nn.Linear(4, 3))
+
+
+def test_stop_needs_a_condition() -> None:
+    with pytest.raises(TorchtrimError, match="at least one of"):
+        Stop()
+    with pytest.raises(TorchtrimError, match=r"rounds must be at least 1, found 0; compression must be above 1"):
+        Stop(rounds=0, compression=1)
+    with pytest.raises(TorchtrimError, match="start of at least 1"):
+        Progressive(0)
