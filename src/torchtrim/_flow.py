@@ -5,7 +5,8 @@ model is never touched and no arithmetic is done.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,36 +15,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtrim import _operators, _operators_products, _operators_shapes, _operators_statistics
 from torchtrim._errors import TraceError
-from torchtrim._labels import UNKNOWN, Atoms, Labels, Ledger, Shape
-from torchtrim._operators import RECTIFIERS, ROWS, SMOOTH, Call, pointwise, tensors, unknown
+from torchtrim._labels import UNKNOWN, Atoms, Factor, Labels, Ledger, Shape
+from torchtrim._operators import FACTORIES, RECTIFIERS, SMOOTH, Call, Row, Table, pointwise, tensors, unknown
 
-Step = tuple[str, str, tuple[float, ...], tuple[tuple[Shape, Labels], ...]]
+TABLE = Table(_operators.ROWS | _operators_products.ROWS | _operators_shapes.ROWS | _operators_statistics.ROWS)
 
-_VIEWS = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "_reshape_alias",
-        "t",
-        "transpose",
-        "permute",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "clone",
-        "detach",
-        "alias",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "select",
-        "unbind",
-        "lift_fresh",
-        "_to_copy",
-    ]
-)
+# Operators that only look at a tensor in another way. Which of them run may depend on strides: no proof compares them.
+_VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "squeeze",
+                    "unsqueeze", "expand", "clone", "detach", "alias", "slice", "split", "unsafe_split",
+                    "split_with_sizes", "unsafe_split_with_sizes", "select", "unbind", "_to_copy"])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +40,16 @@ class Site:
     labels: Labels
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One operator call as a proof compares it. `tensors`: shape and labels of operands, then of results."""
+
+    name: str
+    where: str
+    constants: tuple[Any, ...]
+    tensors: tuple[tuple[Shape, Labels], ...]
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every distinct parameter and buffer once, under its first name."""
     found: dict[str, Tensor] = dict(model.named_parameters())
@@ -68,9 +60,14 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def rebuild(model: nn.Module, replace: Mapping[str, Tensor]) -> nn.Module:
     """A deep copy of the model in which the named parameters and buffers are other tensors."""
     memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses what a graph produced
+                memo[id(value)] = value.detach().clone()
     for name, old in named_tensors(model).items():
         new = replace[name]
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        vars(memo[id(old)]).update(vars(old))  # marks that users leave on parameters, such as `no_weight_decay`
     return copy.deepcopy(model, memo)
 
 
@@ -102,32 +99,28 @@ class Flow(TorchDispatchMode):
         in_place = name.endswith("_") and not name.endswith("__")
         name = name.rstrip("_") if in_place else name
         operands = tensors([*args, *kwargs.values()])
-        self.blamed = [labels_of(operand) for operand in operands]
+        self.blamed = [self._read(operand) for operand in operands]
+        constants = _constants(name, args, kwargs, operands)
         result = func(*args, **kwargs)
-        call = Call(name, args, kwargs, result, labels_of, self.ledger, self.where[-1] if self.where else "")
-        row = ROWS.get(name)
-        if row is None:
-            elementwise = torch.Tag.pointwise in func.tags or name in RECTIFIERS or name in SMOOTH
-            row = pointwise if elementwise else unknown
-        found = row(call)
-        outs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-        labels = [found] * len(outs) if isinstance(found, Labels) else list(found)
+        where = self.where[-1] if self.where else ""
+        call = Call(name, func, args, kwargs, result, labels_of, self.ledger, where)
+        found = row_of(name, func)(call)
+        results = tensors(pytree.tree_leaves(result))
+        labels = [found] * len(results) if isinstance(found, Labels) else list(found)
         labels = [self._without_constants(one, call) for one in labels]
-        for out, one in zip(outs, labels, strict=False):
-            if in_place and out._base is not None:
-                self._written_through_a_view(call, out, one)
+        for tensor, one in zip(results, labels, strict=False):
+            if in_place and tensor._base is not None:
+                self._write_through(call, tensor, one)
             else:
-                out._torchtrim_labels = one  # type: ignore[attr-defined]
+                _label(tensor, one, in_place, _version_of(tensor, operands))
         self.produced += call.produced
         if name not in _VIEWS:
-            numbers = [float(v) for v in args if isinstance(v, float)]
-            numbers += [float(t) for t in operands if t.ndim == 0 and t.device.type == "cpu" and not t.is_meta]
             seen = [(tuple(t.shape), one) for t, one in zip(operands, self.blamed, strict=True)]
-            seen += [(tuple(t.shape), labels_of(t)) for t in outs]
-            self.steps.append((name, call.where, tuple(numbers), tuple(seen)))
+            seen += [(tuple(t.shape), labels_of(t)) for t in results]
+            self.steps.append(Step(name, where, constants, tuple(seen)))
         if name in RECTIFIERS or name in SMOOTH:
-            site = Site(len(self.sites), name, call.where, name in RECTIFIERS, tuple(outs[0].shape), labels[0])
-            self.sites.append(site)
+            shape = tuple(results[0].shape)
+            self.sites.append(Site(len(self.sites), name, where, name in RECTIFIERS, shape, labels[0]))
         return result
 
     def _without_constants(self, labels: Labels, call: Call) -> Labels:
@@ -139,18 +132,72 @@ class Flow(TorchDispatchMode):
                 self.ledger.pin(factor.atoms.ravel(), call.reason("it would lose everything: read"))
         return labels.with_factors(factor for factor in labels.factors if factor.atoms.size > 1)
 
-    def _written_through_a_view(self, call: Call, view: Tensor, labels: Labels) -> None:
-        """The base cannot learn what was written into part of it: what was written stays whole."""
-        before = labels_of(view)
-        if labels is not before:
-            for factor in labels.factors:
-                self.ledger.pin(factor.atoms.ravel(), call.reason("written into part of another tensor"))
-            view._base._torchtrim_labels = UNKNOWN  # type: ignore[union-attr]
-            view._torchtrim_labels = Labels(before.factors)  # type: ignore[attr-defined]
+    def _write_through(self, call: Call, view: Tensor, labels: Labels) -> None:
+        """An in-place operator on a view: its base follows where values changed, and stays whole where labels did."""
+        base, before = view._base, labels_of(view)
+        assert base is not None
+        if [id(factor.atoms) for factor in before.factors] == [id(factor.atoms) for factor in labels.factors]:
+            kept = all(new.zero or not old.zero for old, new in zip(before.factors, labels.factors, strict=True))
+            whole = UNKNOWN if labels_of(base).uniform else labels_of(base)
+            if not kept:
+                whole = whole.with_factors(Factor(factor.atoms, False) for factor in whole.factors)
+            _label(base, whole, True)
+            _label(view, labels, True)
+            return
+        for factor in (*before.factors, *labels.factors, *labels_of(base).factors):
+            self.ledger.pin(factor.atoms.ravel(), call.reason("written into part of another tensor"))
+        _label(base, UNKNOWN, True)
+        _label(view, UNKNOWN, True)
+
+    def _read(self, tensor: Tensor) -> Labels:
+        """The labels of an operand. A view whose memory was written to under another name has none that hold."""
+        labels = labels_of(tensor)
+        stamped = getattr(tensor, "_torchtrim_version", None)
+        if tensor._base is not None and stamped is not None and stamped != tensor._version:
+            for factor in (*labels.factors, *labels_of(tensor._base).factors):
+                self.ledger.pin(factor.atoms.ravel(), "its memory is written to under another name")
+            labels = UNKNOWN
+            _label(tensor, labels, False)
+        return labels
+
+
+def row_of(name: str, function: Any) -> Row:
+    if name in TABLE:
+        return TABLE[name]
+    elementwise = torch.Tag.pointwise in function.tags or name in RECTIFIERS or name in SMOOTH
+    return pointwise if elementwise else unknown
 
 
 def labels_of(tensor: Tensor) -> Labels:
     return getattr(tensor, "_torchtrim_labels", UNKNOWN)
+
+
+def _label(tensor: Tensor, labels: Labels, written: bool, version: int | None = None) -> None:
+    """Attach labels, stamped with the version of the memory: it rises by one after an operator that writes."""
+    tensor._torchtrim_labels = labels  # type: ignore[attr-defined]
+    tensor._torchtrim_version = (tensor._version if version is None else version) + written  # type: ignore[attr-defined]
+
+
+def _version_of(result: Tensor, operands: list[Tensor]) -> int:
+    """A view has its base's version, which inside the dispatch it does not know yet."""
+    memory = result.untyped_storage()._cdata
+    return next((t._version for t in operands if t.untyped_storage()._cdata == memory), result._version)
+
+
+def _constants(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Tensor]) -> tuple[Any, ...]:
+    """The numbers in an operator's arguments that a trimmed model must repeat; those that are widths may change."""
+    if name in FACTORIES or name.startswith("new_"):
+        values: list[Any] = [value for value in args if isinstance(value, (int, float))]
+    elif name == "convolution":
+        values = list(args[:8])
+    elif name == "native_group_norm":
+        values = [args[-1]]
+    else:
+        values = [*args, *kwargs.values()]
+    numbers = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, (int, float, str))]
+    # a tensor that no operator made is a number that the model's own code holds
+    held = [t for t in operands if t.ndim == 0 and t.device.type == "cpu" and not hasattr(t, "_torchtrim_labels")]
+    return (*numbers, *(float(t) for t in held if not t.is_complex()))
 
 
 def run(
@@ -162,27 +209,23 @@ def run(
     training: bool,
     device: str,
 ) -> Flow:
-    """Run a rebuilt model under a `Flow`; its outputs are pinned. Raises what the model raises, with `flow` set."""
+    """Run a rebuilt model under a `Flow`; its outputs are pinned. Raises `RunError` where the model raises."""
     flow = Flow(ledger)
-    handles: list[Any] = []
     for name, tensor in named_tensors(model).items():
         if name in labels:
-            tensor._torchtrim_labels = labels[name]  # type: ignore[attr-defined]
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(_enter(flow, name)))
-        handles.append(module.register_forward_hook(_leave(flow), always_call=True))
-    move: Callable[[Any], Any] = lambda v: v.detach().to(device, copy=True) if isinstance(v, Tensor) else v  # noqa: E731
-    args, kwargs = pytree.tree_map(move, call_arguments(example))
+            _label(tensor, labels[name], False)
+    args, kwargs = pytree.tree_map(
+        lambda value: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value,
+        call_arguments(example),
+    )
     model.train(training)
+    devices = [] if torch.device(device).type in ("cpu", "meta") else [device]
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), flow:
+        with _located(model, flow), _unfused(), torch.random.fork_rng(devices), torch.no_grad(), flow:
             outputs = model(*args, **kwargs)
     except Exception as error:
         raise RunError(flow, error) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    for output in _leaves(outputs):
+    for output in _outputs(outputs):
         for factor in labels_of(output).factors:
             ledger.pin(factor.atoms.ravel(), "it is an output of the model")
     return flow
@@ -192,29 +235,45 @@ class RunError(TraceError):
     """The model failed under a flow; `flow.blamed` are the labels at the failing operator."""
 
     def __init__(self, flow: Flow, error: Exception) -> None:
-        super().__init__(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error}")
+        lines = str(error).splitlines()
+        super().__init__(f"{type(error).__name__}: {lines[0] if lines else error}")
         self.flow = flow
+        self.where = next((name for name in reversed(flow.where) if name), "the model itself")
 
 
-def _enter(flow: Flow, name: str) -> Callable[..., None]:
-    return lambda module, inputs: flow.where.append(name)
+@contextmanager
+def _located(model: nn.Module, flow: Flow) -> Generator[None]:
+    """Tell the flow which module is running. What has raised is not left, so that the error can say where it was."""
+    with ExitStack() as handles:
+        for name, module in model.named_modules():
+            handles.enter_context(module.register_forward_pre_hook(lambda *_, name=name: flow.where.append(name)))
+            handles.enter_context(module.register_forward_hook(lambda *_: _ignore(flow.where.pop())))
+        yield
 
 
-def _leave(flow: Flow) -> Callable[..., None]:
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        flow.where.pop()
-
-    return leave
+def _ignore(_: Any) -> None:
+    """A hook that returns something would replace the module's output."""
 
 
-def _leaves(value: Any) -> list[Tensor]:
+@contextmanager
+def _unfused() -> Generator[None]:
+    """PyTorch's fused transformer layers hide their operators in one."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _outputs(value: Any) -> list[Tensor]:
     """All tensors in what a model returns, dataclasses and dictionaries of its own included."""
     found: list[Tensor] = []
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
             found.append(leaf)
         elif isinstance(leaf, Mapping):
-            found += _leaves(dict(leaf))
+            found += _outputs(dict(leaf))
         elif hasattr(leaf, "__dict__"):
-            found += _leaves(list(vars(leaf).values()))
+            found += _outputs(list(vars(leaf).values()))
     return found

@@ -113,6 +113,15 @@ class Ledger:
             touched[atoms] = True
         return touched
 
+    def broken_by(self, kept: NDArray[np.bool_]) -> Atoms:
+        """The atoms whose demands do not hold when these are kept: parted from their other half, or pinned."""
+        parted = [np.stack([one, other])[:, kept[one] != kept[other]] for one, other in self._pairs()]
+        pinned = [atoms[~kept[atoms]] for atoms, _ in self._pins]
+        return np.unique(np.concatenate([np.empty(0, np.int64), *(a.ravel() for a in parted), *pinned]))
+
+    def _pairs(self) -> Iterable[tuple[Atoms, Atoms]]:
+        return zip(self._ones, self._others, strict=True)
+
     def resolve(self, count: int) -> tuple[Atoms, dict[int, str]]:
         """The root of each of `count` atoms, and the first reason why a root must stay."""
         root = components(count, self._ones, self._others)

@@ -4,14 +4,15 @@ import warnings
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchtrim._errors import PlanError, TorchtrimWarning
 from torchtrim._flow import named_tensors, rebuild
-from torchtrim._graph import Kept, NeuronGraph, cut, prove, trace
+from torchtrim._graph import trace
 from torchtrim._history import remember
+from torchtrim._neurons import Kept, NeuronGraph, cut, memory_of, silence
 from torchtrim._plan import LayerPlan, Plan
+from torchtrim._proof import prove
 from torchtrim._surgery_attributes import set_attributes
 
 
@@ -31,13 +32,7 @@ def mask(model: nn.Module, plan: Plan, example: Any) -> nn.Module:
     """A new model of the old shape in which the plan's neurons are silent: their parameters are zero."""
     graph = trace(model, example)
     _, kept = _carry_out(model, graph, _kept(graph, plan))
-    silent = rebuild(model, {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()})
-    for name, parameter in silent.named_parameters():
-        for axis, roots in enumerate(graph.axes[name]):
-            gone = np.flatnonzero(~kept[roots]) if roots.size > 1 else []
-            if len(gone):
-                parameter.data.index_fill_(axis, torch.from_numpy(gone).to(parameter.device), 0)
-    return silent
+    return silence(model, graph, kept)
 
 
 def _kept(graph: NeuronGraph, plan: Plan) -> Kept:
@@ -70,8 +65,6 @@ def _carried_out(graph: NeuronGraph, plan: Plan, kept: Kept) -> Plan:
 def _carry_out(model: nn.Module, graph: NeuronGraph, kept: Kept) -> tuple[nn.Module, Kept]:
     while True:
         trimmed = rebuild(model, cut(graph, named_tensors(model), kept))
-        for old, new in zip(model.modules(), trimmed.modules(), strict=True):
-            new.training = old.training
         set_attributes(model, trimmed, graph.axes, kept)
         failure = prove(model, graph, trimmed, kept)
         if failure is None:
@@ -86,7 +79,11 @@ def _carry_out(model: nn.Module, graph: NeuronGraph, kept: Kept) -> tuple[nn.Mod
 def _own(model: nn.Module, trimmed: nn.Module) -> nn.Module:
     """Give the trimmed model memory of its own where a tensor was handed on whole."""
     theirs = {tensor.untyped_storage()._cdata for tensor in named_tensors(model).values()}
+    own: dict[Any, Tensor] = {}
     for tensor in named_tensors(trimmed).values():
         if tensor.untyped_storage()._cdata in theirs and tensor.device.type != "meta":
-            tensor.data = tensor.data.clone()
+            memory = memory_of(tensor)
+            if memory not in own:
+                own[memory] = tensor.data.clone()
+            tensor.data = own[memory]
     return trimmed

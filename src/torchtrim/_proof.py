@@ -1,0 +1,236 @@
+"""Prove that a trimmed model computes the masked original.
+
+By induction over the operators: the trimmed model runs the same ones, and at each of them every label is the original
+label without the removed elements, in the same order, on a tensor of the size that follows. What the operators
+demanded of the labels was settled by the trace, so that equal labels mean equal values.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from torchtrim._flow import RunError, Step, named_tensors, rebuild, run
+from torchtrim._labels import Atoms, Factor, Labels, Ledger, Shape, canonical
+from torchtrim._neurons import Kept, NeuronGraph, silence
+
+Failure = tuple[set[int], str]  # the roots to blame, and why
+
+
+def prove(model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept) -> Failure | None:
+    """None if `trimmed` computes the masked model; else the roots to blame, and why."""
+    for training, steps, demands in _references(model, graph, kept):
+        broken = demands.broken_by(kept)
+        if broken.size:
+            return _cut_layers(graph, kept, set(broken.tolist())), "its data decides what goes together"
+        labels = numbered(model, {n: tuple(_left(a, kept) for a in axes) for n, axes in graph.axes.items()})
+        try:
+            flow = run(on_device(trimmed, graph.device), graph.example, labels, Ledger(), training=training,
+                       device=graph.device)  # fmt: skip
+        except RunError as error:
+            return _blame_error(graph, kept, steps, error)
+        failure = _compare_steps(graph, kept, steps, flow.steps)
+        if failure is not None:
+            return failure
+    return None
+
+
+def on_device(model: nn.Module, device: str) -> nn.Module:
+    """A copy to run under labels."""
+    return rebuild(model, {n: t.detach().to(device, copy=device != "meta") for n, t in named_tensors(model).items()})
+
+
+def numbered(model: nn.Module, axes: Mapping[str, tuple[Atoms, ...]]) -> dict[str, Labels]:
+    """The labels of parameters and buffers. A silent neuron's parameters are zero; its buffers are what they were."""
+    labels: dict[str, Labels] = {}
+    for name, tensor in named_tensors(model).items():
+        shapes = [[-1 if i == axis else 1 for i in range(tensor.ndim)] for axis in range(tensor.ndim)]
+        zero = isinstance(tensor, nn.Parameter)
+        factors = [Factor(a.reshape(s), zero) for a, s in zip(axes[name], shapes, strict=True) if a.size > 1]
+        labels[name] = Labels(tuple(factors), static=True)
+    return labels
+
+
+def _left(roots: Atoms, kept: Kept) -> Atoms:
+    return roots[kept[roots]] if roots.size > 1 else roots
+
+
+def _references(model: nn.Module, graph: NeuronGraph, kept: Kept) -> Iterable[tuple[bool, Sequence[Step], Ledger]]:
+    """What to compare with: the trace, whose demands are met, or where data decides what runs, the masked model."""
+    if graph.device == "meta":
+        yield from ((training, steps, Ledger()) for training, steps in graph.recordings)
+        return
+    silent = silence(model, graph, kept)
+    for training, _ in graph.recordings:
+        copy = on_device(silent, graph.device)
+        ledger = Ledger()
+        flow = run(copy, graph.example, numbered(model, graph.axes), ledger, training=training, device=graph.device)
+        yield training, flow.steps, ledger
+
+
+def _compare_steps(graph: NeuronGraph, kept: Kept, steps: Sequence[Step], trimmed: Sequence[Step]) -> Failure | None:
+    """Blame all that disagrees, each group by the neurons that do; the reason is the first one's."""
+    expectations = _Expectations(graph.root, kept)
+    blamed: set[int] = set()
+    reason = ""
+    for index, step in enumerate(steps):
+        new = trimmed[index] if index < len(trimmed) else None
+        if new is None or new.name != step.name or len(new.tensors) != len(step.tensors):
+            found = _roots(graph, (labels for _, labels in step.tensors))
+            blamed |= _cut_layers(graph, kept, found)
+            reason = reason or f"another operator runs in place of aten::{step.name} in {_place(step)}"
+            break
+        if not _same_constants(step.constants, new.constants):
+            found = _roots(graph, (labels for _, labels in step.tensors))
+            reason = reason or f"a number depends on the width at aten::{step.name} in {_place(step)}"
+        else:
+            found = expectations.disagreeing(step, new)
+        if found is not None:
+            blamed |= _cut_layers(graph, kept, found)
+            reason = reason or f"trimmed labels disagree at aten::{step.name} in {_place(step)}"
+    return (blamed, reason) if reason else None
+
+
+def _place(step: Step) -> str:
+    return step.where or "the model itself"
+
+
+def _same_constants(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
+    return len(old) == len(new) and all(
+        one == other or (isinstance(one, float) and isinstance(other, float) and _close(one, other))
+        for one, other in zip(old, new, strict=True)
+    )
+
+
+def _close(one: float, other: float) -> bool:
+    """Numbers that the model read from its data differ by rounding."""
+    return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-7) or (math.isnan(one) and math.isnan(other))
+
+
+def _blame_error(graph: NeuronGraph, kept: Kept, steps: Sequence[Step], error: RunError) -> Failure:
+    """The model's own code failed on the new widths: blame what it read there."""
+    read = {value for labels in error.flow.blamed for f in labels.factors for value in np.unique(f.atoms).tolist()}
+    blamed = _cut_layers(graph, kept, read)
+    if not blamed:
+        position = min(len(error.flow.steps), len(steps) - 1)
+        blamed = _cut_layers(graph, kept, _roots(graph, (labels for _, labels in steps[position].tensors)))
+    return blamed, f"the model's own code in {error.where} holds its width ({error})"
+
+
+def _roots(graph: NeuronGraph, labels: Iterable[Labels]) -> set[int]:
+    return {value for one in labels for f in one.factors for value in np.unique(graph.root[f.atoms]).tolist()}
+
+
+def _cut_layers(graph: NeuronGraph, kept: Kept, found: set[int]) -> set[int]:
+    """All roots of the layers that lost neurons and have one of these roots."""
+    blamed: set[int] = set()
+    for layer in graph.layers.values():
+        roots = set(layer.roots.tolist())
+        if roots & found and not kept[layer.roots].all():
+            blamed |= roots
+    return blamed
+
+
+@dataclass(frozen=True, eq=False)
+class _Expected:
+    """What a label must be after the cut. `counts`: positions kept along axes counted from the end.
+
+    `factors`: each remaining factor's shape and content, with the roots it speaks of. None where what is removed is
+    not rectangular, so that no tensor can be left.
+    """
+
+    counts: Mapping[int, int]
+    factors: Mapping[tuple[Shape, bytes], Atoms] | None
+    roots: Atoms
+
+
+@dataclass(eq=False)
+class _Expectations:
+    """Compares labels of the original with those of the trimmed model, each pair once."""
+
+    root: Atoms
+    kept: Kept
+    expected: dict[int, tuple[_Expected, Labels]] = field(default_factory=dict)
+    differences: dict[tuple[int, int], tuple[set[int] | None, Labels, Labels]] = field(default_factory=dict)
+
+    def disagreeing(self, old: Step, new: Step) -> set[int] | None:
+        """The roots that disagree between two steps; None where the steps agree."""
+        found: set[int] | None = None
+        for (old_shape, old_labels), (new_shape, new_labels) in zip(old.tensors, new.tensors, strict=True):
+            blamed = self._difference(old_labels, new_labels)
+            if blamed is None and not self._fits(old_shape, old_labels, new_shape):
+                blamed = set(self._expect(old_labels).roots.tolist())
+            if blamed is not None:
+                found = (found or set()) | blamed
+        return found
+
+    def _fits(self, old_shape: Shape, labels: Labels, new_shape: Shape) -> bool:
+        counts = self._expect(labels).counts
+        ndim = len(old_shape)
+        return len(new_shape) == ndim and (
+            labels.uniform or all(new_shape[i] == counts.get(i - ndim, old_shape[i]) for i in range(ndim))
+        )
+
+    def _difference(self, old: Labels, new: Labels) -> set[int] | None:
+        key = id(old), id(new)
+        if key not in self.differences:
+            self.differences[key] = self._compared(old, new), old, new
+        return self.differences[key][0]
+
+    def _compared(self, old: Labels, new: Labels) -> set[int] | None:
+        expected = self._expect(old)
+        if expected.factors is None or old.uniform != new.uniform:
+            return set(expected.roots.tolist())
+        found = _contents(new.factors, canonical)
+        unequal = expected.factors.keys() ^ found.keys()
+        if not unequal:
+            return None
+        atoms = [(expected.factors if key in expected.factors else found)[key] for key in unequal]
+        return {value for one in atoms for value in np.unique(one).tolist()}
+
+    def _expect(self, old: Labels) -> _Expected:
+        if id(old) not in self.expected:
+            self.expected[id(old)] = self._expectation(old), old
+        return self.expected[id(old)][0]
+
+    def _expectation(self, old: Labels) -> _Expected:
+        factors = [atoms for f in old.factors if (atoms := canonical(f.atoms, self.root)) is not None]
+        roots = np.unique(np.concatenate([atoms.ravel() for atoms in factors])) if factors else np.empty(0, np.int64)
+        lines: dict[int, NDArray[np.bool_]] = {}
+        for atoms in factors:
+            keep = self.kept[atoms]
+            kept_lines = [np.atleast_1d(keep.any(axis=_all_but(axis, keep.ndim))) for axis in range(keep.ndim)]
+            if keep.sum() != math.prod(int(line.sum()) for line in kept_lines):
+                return _Expected({}, None, roots)
+            for axis, line in enumerate(kept_lines):
+                if len(line) > 1:
+                    where = axis - keep.ndim
+                    lines[where] = lines[where] & line if where in lines else line
+        counts = {axis: int(line.sum()) for axis, line in lines.items()}
+        return _Expected(counts, _contents(factors, lambda atoms: canonical(_taken(atoms, lines))), roots)
+
+
+def _all_but(axis: int, ndim: int) -> tuple[int, ...]:
+    return tuple(other for other in range(ndim) if other != axis)
+
+
+def _taken(atoms: Atoms, lines: Mapping[int, NDArray[np.bool_]]) -> Atoms:
+    for axis, size in enumerate(atoms.shape):
+        if size > 1:
+            atoms = atoms.take(np.flatnonzero(lines[axis - atoms.ndim]), axis)
+    return atoms
+
+
+def _contents(
+    factors: Iterable[Factor] | Iterable[Atoms], shorten: Callable[[Atoms], Atoms | None]
+) -> dict[tuple[Shape, bytes], Atoms]:
+    contents: dict[tuple[Shape, bytes], Atoms] = {}
+    for factor in factors:
+        short = shorten(factor.atoms if isinstance(factor, Factor) else factor)
+        if short is not None:
+            contents[short.shape, np.ascontiguousarray(short).tobytes()] = short
+    return contents
