@@ -15,7 +15,9 @@ from torchtrim._graph import NeuronGraph, trace
 from torchtrim._loop import Progressive, Round, Stop, iterate
 from torchtrim._plan import LayerPlan, Plan
 from torchtrim._profile import Profile, profile
+from torchtrim._run_directory import run
 from torchtrim._select import Fraction, MeanPlusStd, Threshold, select
+from torchtrim._store import load, save
 from torchtrim._surgery import mask, trim
 
 __all__ = [
@@ -39,9 +41,12 @@ __all__ = [
     "TraceError",
     "criteria",
     "iterate",
+    "load",
     "mask",
     "measure",
     "profile",
+    "run",
+    "save",
     "select",
     "trace",
     "trim",

@@ -30,16 +30,22 @@ def history(model: nn.Module) -> History:
     return getattr(model, _ATTRIBUTE, History((), shapes, {}))
 
 
+def set_history(model: nn.Module, past: History) -> None:
+    """Note on a model what was done to it."""
+    setattr(model, _ATTRIBUTE, past)
+
+
 def remember(model: nn.Module, trimmed: nn.Module, plan: Plan) -> None:
     """Note on `trimmed` that it is `model` after this plan."""
     before = history(model)
     attributes = {name: dict(values) for name, values in before.attributes.items()}
     for (name, old), new in zip(model.named_modules(), trimmed.modules(), strict=True):
-        changed = {
-            key: value
-            for key, value in vars(new).items()
-            if isinstance(value, (int, tuple)) and not isinstance(value, bool) and vars(old).get(key) != value
-        }
+        changed = {key: value for key, value in vars(new).items() if describes(value) and vars(old).get(key) != value}
         if changed:
             attributes[name] = attributes.get(name, {}) | changed
-    setattr(trimmed, _ATTRIBUTE, History((*before.plans, plan), before.shapes, attributes))
+    set_history(trimmed, History((*before.plans, plan), before.shapes, attributes))
+
+
+def describes(value: Any) -> bool:
+    """Whether an attribute can be a width or several; tuples of anything else may not even compare."""
+    return type(value) is int or (isinstance(value, tuple) and all(type(entry) is int for entry in value))

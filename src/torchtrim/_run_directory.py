@@ -1,0 +1,362 @@
+"""A run kept in a directory, round by round, so that one that was interrupted goes on to the same result.
+
+run.json              what was asked, and by which versions
+ancestor.safetensors  the model that the loop starts from
+round-01/             plan.json, profile.safetensors, model.safetensors, and metrics.json, which makes it count
+metrics.json          the numbers of the ancestor and of all rounds, for people and scripts
+"""
+
+import json
+import platform
+import warnings
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchtrim import criteria
+from torchtrim._cost import Cost
+from torchtrim._errors import PlanError, StoreError, TorchtrimWarning
+from torchtrim._files import hold, is_partial, write_whole
+from torchtrim._loop import Accuracy, Evaluate, Progressive, Retrain, Round, Stop, iterate
+from torchtrim._plan import Plan
+from torchtrim._profile import Forward, Profile
+from torchtrim._select import Rule
+from torchtrim._store import library_version, read_facts, read_model, write_model
+from torchtrim.criteria import Criterion
+
+_FORMAT = "torchtrim-run"
+_VERSION = 1
+_RUN, _LOCK, _METRICS, _ANCESTOR = "run.json", "run.lock", "metrics.json", "ancestor.safetensors"
+_OF_ROUND = ("plan.json", "profile.safetensors", "model.safetensors", _METRICS)
+
+
+def run(
+    model: nn.Module,
+    example: Any,
+    batches: Iterable[Any],
+    *,
+    directory: str | Path,
+    retrain: Retrain,
+    evaluate: Evaluate,
+    rule: Rule,
+    stop: Stop,
+    layers: Sequence[str] | Progressive | None = None,
+    criterion: Criterion | str = criteria.apoz,
+    test: Evaluate | None = None,
+    forward: Forward | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> list[Round]:
+    """`iterate` to its end, with every round kept in a directory; all rounds, those of an earlier run included.
+
+    resume: go on after the last whole round in the directory, if there is one; the result is that of a run without
+    the interruption. The stop may be another than before; the rest must be the same, as far as it can be told (not
+    the functions and the data). The loop then starts from the ancestor in the directory: `model` may be newly built.
+    overwrite: drop the run that is there.
+    Raises StoreError when the directory cannot be used, and what `iterate` raises.
+    """
+    settings = {
+        "rule": repr(rule),
+        "layers": repr(layers) if isinstance(layers, Progressive) else layers and list(layers),
+        "criterion": criterion if isinstance(criterion, str) else _name(criterion),
+        "seed": seed,
+    }
+    with RunDirectory.open(directory, settings, asdict(stop), resume=resume, overwrite=overwrite) as kept:
+        ancestor = kept.ancestor(model)
+        if ancestor is None:
+            ancestor = model
+            kept.keep_ancestor(model, {})
+        done = kept.rounds(model)
+        rounds = iterate(
+            ancestor,
+            example,
+            batches,
+            retrain=retrain,
+            evaluate=evaluate,
+            rule=rule,
+            stop=stop,
+            layers=layers,
+            criterion=criterion,
+            test=test,
+            forward=forward,
+            seed=seed,
+            done=done,
+        )
+        return [*done, *kept.record(rounds)]
+
+
+class RunDirectory:
+    """A directory that keeps one run; made by `open`, and this process's alone until `close` or the end of a `with`."""
+
+    def __init__(self, path: Path, release: Callable[[], None]) -> None:
+        self.path = path
+        self._release = weakref.finalize(self, release)  # should it be forgotten rather than closed
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        settings: Mapping[str, Any],
+        stop: Mapping[str, Any] | None = None,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> "RunDirectory":
+        """Begin a run in a directory, which is made if need be, or go on with the one that is there.
+
+        settings: what was asked, as JSON can say it; what a resumed run must have in common with the earlier one.
+        stop: the same, of what may differ. resume: go on with the run that is there; what is half written is dropped.
+        overwrite: drop the run that is there, its own files only.
+        Raises StoreError: a directory that is used, whose run was asked otherwise, that another process works in, or
+        that cannot be written.
+        """
+        place = Path(path)
+        if resume and overwrite:
+            raise StoreError(f"{place}: expected resume or overwrite, found both; resume keeps what overwrite drops")
+        asked = _as_json(place, {"settings": settings, "stop": stop or {}})
+        _check_ours(place)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{place}: cannot be made: {error.strerror}; choose another place") from error
+        kept = cls(place, hold(place / _LOCK))
+        try:
+            kept._begin(asked, resume, overwrite)
+        except BaseException:
+            kept.close()
+            raise
+        return kept
+
+    def _begin(self, asked: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        before = _read_json(self.path / _RUN, _FORMAT) if (self.path / _RUN).exists() else None
+        if before is not None and not resume and not overwrite:
+            whole = sum(1 for _ in _whole_rounds(self.path))
+            raise StoreError(
+                f"{self.path}: expected an unused directory, found a run with {whole} whole "
+                f"round{'s' * (whole != 1)}; pass --resume to go on with it, --overwrite to drop it, or another --out"
+            )
+        if before is not None and resume:
+            _check_asked(self.path, asked["settings"], before)
+        self._drop_leftovers(everything=not resume)
+        versions = {"torchtrim": library_version(), "torch": torch.__version__, "python": platform.python_version()}
+        made = before["versions"] if before is not None and resume else versions
+        if made != versions:
+            warnings.warn(
+                f"{self.path}: the run began with {_listed(made)} and goes on with {_listed(versions)}; its result may "
+                "differ from that of one run",
+                TorchtrimWarning,
+                stacklevel=4,
+            )
+        content = {"format": _FORMAT, "version": _VERSION, **asked, "versions": made}
+        write_whole(self.path / _RUN, json.dumps(content, indent=2) + "\n")
+
+    def _drop_leftovers(self, everything: bool) -> None:
+        """Remove what was half written, or all that a run wrote; the last round first, so that no gap can be left."""
+        for place in sorted(_round_places(self.path), reverse=True):
+            if everything:
+                (place / _METRICS).unlink(missing_ok=True)
+            if not (place / _METRICS).exists():
+                _remove(place, _OF_ROUND)
+                if not any(place.iterdir()):
+                    place.rmdir()
+        _remove(self.path, (_METRICS, _ANCESTOR) if everything else ())
+
+    def close(self) -> None:
+        """Let other processes use the directory."""
+        self._release()
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `keep_ancestor` was told; empty without an ancestor."""
+        place = self.path / _ANCESTOR
+        return read_facts(place) if place.exists() else {}
+
+    def keep_ancestor(self, model: nn.Module, facts: Mapping[str, Any]) -> None:
+        """Keep the model that the loop starts from, and what JSON can say of it, such as its accuracy."""
+        write_model(model, self.path / _ANCESTOR, _as_json(self.path, facts))
+        self._summarise()
+
+    def ancestor(self, fresh: nn.Module) -> nn.Module | None:
+        """The model that was kept, on a newly built one; None if none was. Raises StoreError as `load` does."""
+        place = self.path / _ANCESTOR
+        return read_model(fresh, place)[0] if place.exists() else None
+
+    def rounds(self, fresh: nn.Module) -> list[Round]:
+        """The whole rounds, their models on a newly built ancestor. Raises StoreError: one is damaged or missing."""
+        return [_read_round(place, fresh) for place in _whole_rounds(self.path)]
+
+    def record(self, rounds: Iterable[Round]) -> Iterator[Round]:
+        """Keep each round when it is done, then hand it on."""
+        for done in rounds:
+            place = self.path / f"round-{done.number:02}"
+            if (place / _METRICS).exists():
+                raise StoreError(f"{place}: round {done.number} is there already; hand the rounds so far to the loop")
+            place.mkdir(exist_ok=True)
+            write_whole(place / "plan.json", done.plan.to_json() + "\n")
+            done.profile.save(place / "profile.safetensors")
+            write_model(done.model, place / "model.safetensors", {})
+            write_whole(place / _METRICS, json.dumps(_metrics(done), indent=2) + "\n")
+            self._summarise()
+            yield done
+
+    def _summarise(self) -> None:
+        rounds = [_read_json(place / _METRICS, "torchtrim-round") for place in _whole_rounds(self.path)]
+        content = {"format": "torchtrim-metrics", "version": _VERSION, "ancestor": self.facts, "rounds": rounds}
+        write_whole(self.path / _METRICS, json.dumps(content, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------ rounds
+
+
+def _metrics(done: Round) -> dict[str, Any]:
+    before, after = done.profile.widths, done.widths
+    return {
+        "format": "torchtrim-round",
+        "version": _VERSION,
+        "number": done.number,
+        "source": done.plan.source,
+        "layers": list(done.layers),
+        "widths": {name: [before[name], after[name]] for name in before},
+        "compression": done.compression,
+        "speedup": done.speedup,
+        "cost": asdict(done.cost),
+        "ancestor": asdict(done.ancestor),
+        "accuracy": _numbers(done.accuracy),
+        "test": done.test and _numbers(done.test),
+        "seconds": dict(done.seconds),
+    }
+
+
+def _numbers(accuracy: Accuracy) -> dict[str, float]:
+    """Functions that users write may return NumPy's numbers or PyTorch's."""
+    return {name: float(value) for name, value in vars(accuracy).items()}
+
+
+def _read_round(place: Path, fresh: nn.Module) -> Round:
+    content = _read_json(place / _METRICS, "torchtrim-round")
+    try:
+        plan = Plan.from_json((place / "plan.json").read_text(encoding="utf-8"))
+        profile = Profile.load(place / "profile.safetensors")
+        model, _ = read_model(fresh, place / "model.safetensors")
+        return Round(
+            content["number"],
+            model,
+            tuple(content["layers"]),
+            plan,
+            profile,
+            Cost(**content["cost"]),
+            Cost(**content["ancestor"]),
+            Accuracy(**content["accuracy"]),
+            Accuracy(**content["test"]) if content["test"] else None,
+            content["seconds"],
+        )
+    except (OSError, KeyError, TypeError, ValueError, PlanError) as error:
+        raise StoreError(
+            f"{place}: expected a whole round, found {type(error).__name__}: {error}; delete its metrics.json and "
+            "later rounds, then --resume computes them again"
+        ) from error
+
+
+def _round_places(directory: Path) -> list[Path]:
+    return [place for place in directory.glob("round-*") if place.is_dir() and place.name[6:].isdecimal()]
+
+
+def _whole_rounds(directory: Path) -> Generator[Path]:
+    """In order. Raises StoreError if one between is missing."""
+    whole = {int(place.name[6:]): place for place in _round_places(directory) if (place / _METRICS).exists()}
+    for expected, number in enumerate(sorted(whole), 1):
+        if number != expected:
+            raise StoreError(
+                f"{directory}: expected round {expected}, found round {number} next; put it back, or delete the rounds "
+                "after it and --resume"
+            )
+        yield whole[number]
+
+
+# ------------------------------------------------------------------ what was asked
+
+
+def _check_ours(place: Path) -> None:
+    """Raise StoreError unless the directory is new, empty, or a run's. Touches nothing."""
+    try:
+        names = {entry.name for entry in place.iterdir()} if place.exists() else set[str]()
+    except OSError as error:
+        raise StoreError(f"{place}: cannot be used: {error.strerror}; choose another --out") from error
+    found = sorted(name for name in names if name != _LOCK and not is_partial(name, _RUN))
+    if found and _RUN not in names:
+        listed = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        raise StoreError(
+            f"{place}: expected a new or empty directory, or one of a run, found other files: {listed}; choose another "
+            "--out"
+        )
+
+
+def _check_asked(place: Path, asked: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    found: Mapping[str, Any] = before.get("settings", {})
+    none = object()
+    differing = [
+        f"{name}: asked {_shown(asked, name)}, found {_shown(found, name)}"
+        for name in dict.fromkeys([*asked, *found])
+        if asked.get(name, none) != found.get(name, none)
+    ]
+    if differing:
+        raise StoreError(
+            f"{place}: the run there was asked otherwise; resume it with the same settings, or choose another --out:"
+            "\n  " + "\n  ".join(differing)
+        )
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    return json.dumps(settings[name], ensure_ascii=False) if name in settings else "nothing"
+
+
+def _listed(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _as_json(place: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """As it will be read back: lists for tuples, texts for keys. Raises StoreError when JSON cannot say it."""
+    try:
+        return json.loads(json.dumps(content, default=_as_dict))
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{place}: expected what JSON can say, found {error}: {content}") from error
+
+
+def _as_dict(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{value!r} of type {type(value).__name__}")
+    return dict(value)
+
+
+def _read_json(path: Path, kind: str) -> dict[str, Any]:
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: expected a file that a run wrote, found: {error}; choose another --out") from error
+    if not isinstance(content, dict) or content.get("format") != kind or content.get("version") != _VERSION:
+        raise StoreError(f"{path}: expected {kind} of version {_VERSION}, found another file; choose another --out")
+    return content
+
+
+def _remove(place: Path, names: Iterable[str]) -> None:
+    """Remove these files, and what a killed process left of writing them."""
+    for entry in place.iterdir():
+        if entry.name in names or any(is_partial(entry.name, name) for name in (*_OF_ROUND, _RUN, _ANCESTOR)):
+            entry.unlink()
+
+
+def _name(function: Any) -> str:
+    return f"{function.__module__}.{function.__qualname__}" if hasattr(function, "__qualname__") else repr(function)

@@ -1,0 +1,370 @@
+"""A model as one safetensors file: its weights, and how it came from its ancestor.
+
+Nothing in such a file is code. `load` needs a newly built ancestor: it copies the modules and replaces the tensors.
+"""
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from torchtrim._errors import PlanError, StoreError, nearest
+from torchtrim._files import write_whole
+from torchtrim._flow import named_tensors, rebuild
+from torchtrim._history import History, describes, history, set_history
+from torchtrim._neurons import memory_of
+from torchtrim._plan import Plan
+
+_FORMAT = "torchtrim-model"
+_VERSION = 1
+_KEY = "torchtrim"
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a model as one safetensors file, which `load` reads; it appears complete or not at all.
+
+    Its metadata hold the plans that led from the ancestor to the model. Any model can be saved, trimmed or not. Buffers
+    that a state_dict leaves out are stored too, for they may have been trimmed; each shared tensor is stored once.
+    Raises StoreError: a tensor that has no values or no place in the format, or a path that cannot be written.
+    """
+    write_model(model, Path(path), {})
+
+
+def load(model: nn.Module, path: str | Path) -> nn.Module:
+    """The model that `save` wrote, made from a newly built ancestor; `model` itself is not changed.
+
+    Widths, weights, dtypes, memory layout, shared tensors and history are the file's; devices, modes, hooks and which
+    parameters are trained are those of `model`. A model on the meta device is loaded onto the CPU.
+    Raises StoreError, listing all faults at once: a file that is missing, damaged or of another kind, and a `model`
+    whose parameters and buffers have other names or shapes than the file's ancestor.
+    """
+    return _read(model, Path(path))[0]
+
+
+def is_saved_model(path: str | Path) -> bool:
+    """Whether `save` wrote this file, whatever its version; False for anything else, and where there is nothing."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            content = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == _FORMAT
+
+
+def write_model(model: nn.Module, path: Path, facts: Mapping[str, Any]) -> None:
+    """`save`, with facts about the model that JSON can say. Raises StoreError."""
+    named, past = _all_tensors(model), history(model)
+    if set(past.shapes) != set(named_tensors(model)):
+        odd = sorted(set(past.shapes) ^ set(named_tensors(model)))
+        raise StoreError(
+            f"{path}: the model's tensors are not named as when it was trimmed: {', '.join(odd)}; "
+            "save the model itself rather than one that wraps it, and add or remove no tensors"
+        )
+    own, tied, shared = _distinct(named)
+    faults = [f"{name}: {fault}" for name, tensor in own.items() if (fault := _unstorable(tensor)) is not None]
+    if faults:
+        raise StoreError(f"{path}: the model cannot be saved:\n  " + "\n  ".join(faults))
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "torchtrim": library_version(),
+        "plans": [json.loads(plan.to_json()) for plan in past.plans],
+        "shapes": {name: list(shape) for name, shape in past.shapes.items()},
+        "attributes": past.attributes,
+        "tied": tied,
+        "shared": shared,
+        "strides": {name: strides for name, tensor in own.items() if (strides := _strides(tensor)) is not None},
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "evaluating": [name for name, module in model.named_modules() if not module.training],
+        "facts": dict(facts),
+    }
+    try:
+        metadata = json.dumps(content)
+        stored = to_safetensors(_apart(own), {_KEY: metadata})
+    except (TypeError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise StoreError(f"{path}: the model cannot be saved: {error}") from error
+    write_whole(path, stored)
+
+
+def read_model(model: nn.Module, path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """`load` and the facts; modes and which parameters are trained are as they were when the file was written."""
+    loaded, content = _read(model, path)
+    for name, parameter in loaded.named_parameters():
+        parameter.requires_grad_(name not in content.frozen)
+    for name, module in loaded.named_modules():
+        module.training = name not in content.evaluating
+    return loaded, dict(content.facts)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts that were written with a model. Raises StoreError."""
+    with _opened(path) as file:
+        return dict(_Content.of(file, path).facts)
+
+
+# ------------------------------------------------------------------ what a file says
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The metadata of a file. tied, shared: names of tensors that are stored under another name.
+
+    Tied ones are one object, shared ones several over the same memory. strides: of tensors that are not in C order.
+    """
+
+    history: History
+    tied: Mapping[str, str]
+    shared: Mapping[str, str]
+    strides: Mapping[str, tuple[int, ...]]
+    frozen: frozenset[str]
+    evaluating: frozenset[str]
+    facts: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+
+    @classmethod
+    def of(cls, file: Any, path: Path) -> "_Content":
+        try:
+            content: Any = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            found = content.get("format")
+        except (ValueError, RecursionError, AttributeError) as error:
+            raise _damaged(path, error) from error
+        if found is None:
+            raise StoreError(
+                f"{path}: expected a model that torchtrim.save wrote, found another safetensors file; "
+                "plain weights are loaded by model.load_state_dict(safetensors.torch.load_file(path))"
+            )
+        if found != _FORMAT or content.get("version") != _VERSION:
+            raise StoreError(
+                f"{path}: expected a model that torchtrim.save wrote, of version {_VERSION}, found {found!r} of "
+                f"version {content.get('version')!r}; use the file of a model, or the torchtrim that wrote it "
+                f"({content.get('torchtrim', 'unknown')}; this is {library_version()})"
+            )
+        try:
+            shapes = {name: tuple(map(int, shape)) for name, shape in content["shapes"].items()}
+            attributes = {name: _plain(values) for name, values in content["attributes"].items()}
+            plans = tuple(Plan.from_json(json.dumps(plan)) for plan in content["plans"])
+            parsed = cls(
+                History(plans, shapes, attributes),
+                dict(content["tied"]),
+                dict(content["shared"]),
+                {name: tuple(map(int, strides)) for name, strides in content["strides"].items()},
+                frozenset(content["frozen"]),
+                frozenset(content["evaluating"]),
+                dict(content["facts"]),
+                {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()},  # noqa: SIM118
+            )
+            parsed.check()
+        except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
+            raise _damaged(path, error) from error
+        return parsed
+
+    def stored(self, name: str) -> str:
+        """The name under which a tensor's values are stored."""
+        name = self.tied.get(name, name)
+        return self.shared.get(name, name)
+
+    @property
+    def names(self) -> set[str]:
+        """Of every tensor, those that are stored under another name too."""
+        return {*self.shapes, *self.tied, *self.shared}
+
+    def check(self) -> None:
+        """Raise ValueError where the metadata contradict the tensors."""
+        if not all(describes(value) for values in self.history.attributes.values() for value in values.values()):
+            raise ValueError("an attribute is not a width")
+        if {self.tied.get(name, name) for name in self.names} != set(self.history.shapes):
+            raise ValueError("the tensors and the ancestor's have other names")
+        for name, shape in self.history.shapes.items():
+            found = self.shapes[self.stored(name)]
+            if len(found) != len(shape) or any(new > old for new, old in zip(found, shape, strict=True)):
+                raise ValueError(f"{name} has {_sizes(found)}, its ancestor {_sizes(shape)}")
+        for name, strides in self.strides.items():
+            laid = sorted(zip(strides, self.shapes[name], strict=True))
+            if any(stride < 0 for stride in strides) or sum((size - 1) * stride for stride, size in laid) >= max(
+                1, torch.Size(self.shapes[name]).numel()
+            ):
+                raise ValueError(f"{name}: strides {strides} do not fit {_sizes(self.shapes[name])}")
+
+
+def _read(model: nn.Module, path: Path) -> tuple[nn.Module, _Content]:
+    with _opened(path) as file:
+        content = _Content.of(file, path)
+        _check(model, content, path)
+        fresh = named_tensors(model)
+        tensors = _Tensors(file, content)
+        loaded = rebuild(model, {name: tensors.of(name, old.device) for name, old in fresh.items()})
+    for name in content.tied:
+        _tie(loaded, name, content.tied[name])
+    modules = dict(loaded.named_modules())
+    for name, values in content.history.attributes.items():
+        for key, value in values.items():
+            setattr(modules[name], key, value)
+    set_history(loaded, content.history)
+    return loaded, content
+
+
+class _Tensors:
+    """The file's tensors, each read once per device into memory of its own."""
+
+    def __init__(self, file: Any, content: _Content) -> None:
+        self.file = file
+        self.content = content
+        self.read: dict[tuple[str, torch.device], Tensor] = {}
+
+    def of(self, name: str, device: torch.device) -> Tensor:
+        stored = self.content.stored(name)
+        device = torch.device("cpu") if device.type == "meta" else device
+        if (stored, device) not in self.read:
+            values: Tensor = self.file.get_tensor(stored)
+            strides = self.content.strides.get(stored)
+            place = torch.empty(values.shape, dtype=values.dtype, device=device)
+            if strides is not None:
+                place = torch.empty_strided(values.shape, strides, dtype=values.dtype, device=device)
+            self.read[stored, device] = place.copy_(values)
+        return self.read[stored, device].detach()  # an object of its own: shared is not tied
+
+
+def _check(model: nn.Module, content: _Content, path: Path) -> None:
+    """Raise one StoreError that says in all what the model is not the ancestor of the file."""
+    kind, past = type(model).__name__, history(model)
+    if past.plans != content.history.plans[: len(past.plans)]:
+        raise StoreError(
+            f"{path}: expected a new {kind}, found one that was trimmed {len(past.plans)} times itself, by plans that "
+            "are not the file's; build the model anew"
+        )
+    named = _all_tensors(model)
+    first = _distinct(named)[1]
+    faults = [f"{name}: in this model, not in the file" for name in named if name not in content.names]
+    faults += [
+        f"{name}: in the file, not in this model{nearest(name, set(named) - content.names)}"
+        for name in sorted(content.names - set(named))
+    ]
+    for name in (name for name in named if name in content.names):
+        expected = content.history.shapes[content.tied.get(name, name)]
+        found = past.shapes.get(first.get(name, name), tuple(named[name].shape))
+        if found != expected:
+            faults.append(f"{name}: the file's ancestor has {_sizes(expected)}, this model {_sizes(found)}")
+        other = first.get(name, name)
+        if content.tied.get(name, name) != content.tied.get(other, other):
+            faults.append(f"{name}: tied to {other} in this model, a tensor of its own in the file")
+    modules = dict(model.named_modules())
+    for name, values in content.history.attributes.items():
+        for key, value in values.items():
+            found = vars(modules[name]).get(key) if name in modules else None
+            if not describes(found) or isinstance(found, tuple) != isinstance(value, tuple):
+                place = ".".join(filter(None, (name, key)))
+                faults.append(f"{place}: the file sets it to {value!r}, this model has {found!r}")
+    if faults:
+        raise StoreError(
+            f"{path}: it belongs to another model than this {kind}; build the model as it was before it was first "
+            "trimmed:\n  " + "\n  ".join(faults)
+        )
+
+
+@contextmanager
+def _opened(path: Path) -> Any:
+    try:
+        if not path.is_file():
+            raise StoreError(f"{path}: expected a model that torchtrim.save wrote, found no file; look at the path")
+        with safe_open(str(path), "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise StoreError(
+            f"{path}: expected a whole safetensors file, found {error}; it is damaged, or of another kind"
+        ) from error
+
+
+def _damaged(path: Path, error: Exception) -> StoreError:
+    return StoreError(f"{path}: its metadata are damaged: {type(error).__name__}: {error}; save the model again")
+
+
+# ------------------------------------------------------------------ tensors
+
+
+def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under each of its names."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    found.update(model.named_buffers(remove_duplicate=False))
+    return found
+
+
+def _distinct(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+    """Each memory once; names that are the object of an earlier one; objects over the memory of an earlier one."""
+    own: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    objects: dict[int, str] = {}
+    memories: dict[Any, str] = {}
+    for name, tensor in named.items():
+        if (first := objects.setdefault(id(tensor), name)) != name:
+            tied[name] = first
+        elif tensor.numel() and (first := memories.setdefault(_memory(tensor), name)) != name:
+            shared[name] = first
+        else:
+            own[name] = tensor
+    return own, tied, shared
+
+
+def _memory(tensor: Tensor) -> Any:
+    return (
+        memory_of(tensor) if tensor.layout == torch.strided and type(tensor) in (Tensor, nn.Parameter) else id(tensor)
+    )
+
+
+def _unstorable(tensor: Tensor) -> str | None:
+    if tensor.device.type == "meta":
+        return "it is on the meta device, without values; fill the model first"
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return f"expected a dense tensor, found {tensor.layout} of {tensor.dtype}"
+    return None
+
+
+def _strides(tensor: Tensor) -> list[int] | None:
+    """The strides of a tensor that is not in C order, without gaps."""
+    strides = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
+    return None if strides == torch.empty(tensor.shape, device="meta").stride() else list(strides)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In C order on the CPU, no two in the same memory, as the format wants them."""
+    apart: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        values = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        storage = values.untyped_storage()._cdata
+        apart[name] = values.clone() if storage in storages else values
+        storages.add(storage)
+    return apart
+
+
+def _tie(model: nn.Module, name: str, first: str) -> None:
+    """Make two names of a parameter or buffer one object."""
+    (place, _, leaf), (origin, _, source) = name.rpartition("."), first.rpartition(".")
+    ours, theirs = model.get_submodule(place), model.get_submodule(origin)
+    table = "_parameters" if leaf in ours._parameters else "_buffers"
+    getattr(ours, table)[leaf] = theirs._parameters.get(source, theirs._buffers.get(source))
+
+
+def _plain(values: Any) -> Any:
+    """JSON has lists only; what was a tuple is one again."""
+    if isinstance(values, dict):
+        return {key: _plain(value) for key, value in values.items()}
+    return tuple(map(_plain, values)) if isinstance(values, list) else copy.copy(values)
+
+
+def _sizes(shape: Iterable[int]) -> str:
+    return " × ".join(map(str, shape)) or "a single number"
+
+
+def library_version() -> str:
+    """The version of torchtrim that is installed."""
+    return version("torchtrim")
