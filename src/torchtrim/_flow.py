@@ -18,7 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtrim import _operators, _operators_products, _operators_shapes, _operators_statistics
 from torchtrim._errors import TraceError
 from torchtrim._labels import UNKNOWN, Atoms, Factor, Labels, Ledger, Shape
-from torchtrim._operators import FACTORIES, RECTIFIERS, SMOOTH, Call, Row, Table, pointwise, tensors, unknown
+from torchtrim._operators import (
+    FACTORIES,
+    RECTIFIERS,
+    SMOOTH,
+    Call,
+    Row,
+    Table,
+    distinct_shape,
+    pointwise,
+    tensors,
+    unknown,
+)
 
 TABLE = Table(_operators.ROWS | _operators_products.ROWS | _operators_shapes.ROWS | _operators_statistics.ROWS)
 
@@ -104,7 +115,8 @@ class Flow(TorchDispatchMode):
         result = func(*args, **kwargs)
         where = self.where[-1] if self.where else ""
         call = Call(name, func, args, kwargs, result, labels_of, self.ledger, where)
-        found = row_of(name, func)(call)
+        row = row_of(name, func)
+        found = row(call)
         results = tensors(pytree.tree_leaves(result))
         labels = [found] * len(results) if isinstance(found, Labels) else list(found)
         labels = [self._without_constants(one, call) for one in labels]
@@ -115,7 +127,8 @@ class Flow(TorchDispatchMode):
                 _label(tensor, one, in_place, _version_of(tensor, operands))
         self.produced += call.produced
         if name not in _VIEWS:
-            seen = [(tuple(t.shape), one) for t, one in zip(operands, self.blamed, strict=True)]
+            shape_of = distinct_shape if row is pointwise else _shape
+            seen = [(shape_of(t), one) for t, one in zip(operands, self.blamed, strict=True)]
             seen += [(tuple(t.shape), labels_of(t)) for t in results]
             self.steps.append(Step(name, where, constants, tuple(seen)))
         if name in RECTIFIERS or name in SMOOTH:
@@ -159,6 +172,10 @@ class Flow(TorchDispatchMode):
             labels = UNKNOWN
             _label(tensor, labels, False)
         return labels
+
+
+def _shape(tensor: Tensor) -> Shape:
+    return tuple(tensor.shape)
 
 
 def row_of(name: str, function: Any) -> Row:

@@ -100,7 +100,12 @@ def tensors(values: Iterable[Any]) -> list[Tensor]:
 
 def operand(call: Call, tensor: Tensor) -> Operand:
     labels = call.labels_of(tensor)
-    return labels.factors, tuple(tensor.shape), labels.uniform
+    return labels.factors, distinct_shape(tensor), labels.uniform
+
+
+def distinct_shape(tensor: Tensor) -> Shape:
+    """The shape without what `expand` added: there all elements are one and the same, so that any size will do."""
+    return tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def merge(call: Call, operands: Sequence[Operand], zero: Callable[[Flags], bool]) -> list[Factor]:

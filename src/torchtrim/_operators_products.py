@@ -60,8 +60,9 @@ def _product(call: Call, left: Tensor, right: Tensor, axes: Sequence[tuple[int |
     factors = merge(call, [_in_space(one, left, orders[0]), _in_space(other, right, orders[1])], any_zero)
     factors = summed(call, factors, [last])
     if one.static != other.static:
-        weight, order = (one, orders[0]) if one.static else (other, orders[1])
-        call.produced += [f.atoms for f in _moved(weight, order) if not f.varies(last)]
+        weight, order, others = (one, *orders) if one.static else (other, *reversed(orders))
+        free = {axis for axis, across in enumerate(others) if across is None}
+        call.produced += [f.atoms for f in _moved(weight, order) if free.issuperset(f.axes())]
     return Labels(tuple(squeezed(factors, [last])), one.static and other.static)
 
 
@@ -103,6 +104,21 @@ def _baddbmm(call: Call) -> Labels:
 @ROWS.of("addmv")
 def _addmv(call: Call) -> Labels:
     return _plus(call, _product(call, call.args[1], call.args[2], _VECTOR), call.args[0])
+
+
+@ROWS.of("_trilinear")
+def _trilinear(call: Call) -> Labels:
+    """The product of three tensors, each with axes of size 1 added, summed over some axes: `nn.Bilinear`."""
+    axes = list(call.args[6])
+    operands: list[Operand] = []
+    for tensor, added in zip(call.args[:3], call.args[3:6], strict=True):
+        factors, shape, uniform = operand(call, tensor)
+        wide = np.expand_dims(np.empty(shape, bool), tuple(added)).shape
+        operands.append(([f.map(np.expand_dims(f.atoms, tuple(added))) for f in factors], wide, uniform))
+        if call.labels_of(tensor).static:
+            call.produced += [f.atoms for f in operands[-1][0] if not any(map(f.varies, axes))]
+    factors = summed(call, merge(call, operands, any_zero), axes)
+    return Labels(tuple(squeezed(factors, axes)))
 
 
 def _plus(call: Call, product: Labels, bias: Tensor, axis: int | None = None) -> Labels:

@@ -59,11 +59,12 @@ def _group_norm(call: Call) -> Sequence[Labels]:
         return len(vectors) == 2 and bool(flags[1] and flags[2])
 
     factors = call.fix_axes(merge(call, operands, zero), range(2, inputs.ndim), "normalised over")
+    saved: list[Factor] = []
     for factor in factors:
         if factor.varies(1):
             cut = factor.atoms.reshape(factor.atoms.shape[0], groups, -1)
-            call.ledger.tie(cut, 2, call.reason("normalised together"))
-    return [Labels(tuple(factors)), UNKNOWN, UNKNOWN]
+            saved.append(factor.map(call.ledger.tie(cut, 2, call.reason("normalised together"))[:, :, 0]))
+    return [Labels(tuple(factors)), Labels(tuple(saved)), Labels(tuple(saved))]
 
 
 @ROWS.of("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "cumsum", "logcumsumexp")

@@ -11,18 +11,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from torchtrim._flow import RunError, Step, named_tensors, rebuild, run
 from torchtrim._labels import Atoms, Factor, Labels, Ledger, Shape, canonical
-from torchtrim._neurons import Kept, NeuronGraph, silence
+from torchtrim._neurons import Kept, NeuronGraph, cut, silence
 
 Failure = tuple[set[int], str]  # the roots to blame, and why
 
 
 def prove(model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept) -> Failure | None:
     """None if `trimmed` computes the masked model; else the roots to blame, and why."""
+    misplaced = _misplaced(model, graph, trimmed, kept)
+    if misplaced is not None:
+        return misplaced
     for training, steps, demands in _references(model, graph, kept):
         broken = demands.broken_by(kept)
         if broken.size:
@@ -36,6 +40,21 @@ def prove(model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept) 
         failure = _compare_steps(graph, kept, steps, flow.steps)
         if failure is not None:
             return failure
+    return None
+
+
+def _misplaced(model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept) -> Failure | None:
+    """Whether some tensor is not the original without what was removed; on meta tensors only sizes tell."""
+    originals = named_tensors(model)
+    tensors = named_tensors(trimmed)
+    for name, expected in cut(graph, originals, kept).items():
+        found = tensors[name]
+        equal = found.shape == expected.shape
+        if equal and found.device == expected.device and not found.is_meta:
+            equal = torch.equal(found, expected) or torch.equal(found.nan_to_num(), expected.nan_to_num())
+        if not equal:
+            roots = {value for axis in graph.axes[name] for value in axis.tolist()}
+            return _cut_layers(graph, kept, roots), f"{name} is not the original without the removed neurons"
     return None
 
 

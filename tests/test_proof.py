@@ -1,0 +1,169 @@
+"""A proof that cannot fail proves nothing: wrongly cut models, each of which must be found out."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchtrim
+import torchtrim._graph
+from torchtrim._flow import named_tensors, rebuild
+from torchtrim._graph import trial
+from torchtrim._lenet import LeNet
+from torchtrim._neurons import Kept, NeuronGraph, cut
+from torchtrim._proof import prove
+from torchtrim._surgery_attributes import set_attributes
+from toys import TOYS, Net
+
+EXAMPLE = torch.randn(2, 1, 28, 28)
+
+
+def trimmed(model: nn.Module, graph: NeuronGraph, kept: Kept, **replaced: Tensor) -> nn.Module:
+    small = rebuild(model, cut(graph, named_tensors(model), kept) | replaced)
+    set_attributes(model, small, graph.axes, kept)
+    return small
+
+
+def failure(model: nn.Module, graph: NeuronGraph, small: nn.Module, kept: Kept) -> tuple[set[int], str]:
+    found = prove(model, graph, small, kept)
+    assert found is not None
+    return found
+
+
+def test_a_right_cut_is_proved() -> None:
+    model = LeNet()
+    graph = torchtrim.trace(model, EXAMPLE)
+    kept = trial(graph)
+    assert not kept.all()
+    assert prove(model, graph, trimmed(model, graph, kept), kept) is None
+
+
+WRONG: dict[str, Callable[[nn.Module], Tensor]] = {
+    "fc1.weight": lambda model: model.fc1.weight,  # a consumer that was not cut
+    "conv2.bias": lambda model: model.conv2.bias,  # a bias that was not
+    "conv2.weight": lambda model: model.conv2.weight[1:],  # another neuron
+    "fc1.bias": lambda model: model.fc1.bias.flip(0),  # not in order
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_tensor_that_is_cut_wrongly(name: str) -> None:
+    model = LeNet()
+    graph = torchtrim.trace(model, EXAMPLE)
+    kept = graph.bodies({"conv2": [3], "fc1": [0]})
+    wrong = WRONG[name](model).detach()
+    small = trimmed(model, graph, kept)
+    if wrong.shape == small.get_parameter("fc1.bias").shape:
+        wrong = wrong[:499]
+    blamed, reason = failure(model, graph, trimmed(model, graph, kept, **{name: wrong}), kept)
+    assert name in reason
+    assert set(graph.layers[name.split(".", maxsplit=1)[0]].roots.tolist()) <= blamed
+
+
+def test_two_columns_that_are_swapped() -> None:
+    """Sizes are right everywhere; only the values tell."""
+    model = LeNet()
+    graph = torchtrim.trace(model, EXAMPLE)
+    kept = graph.bodies({"fc1": [7]})
+    small = trimmed(model, graph, kept)
+    small.fc2.weight.data = small.fc2.weight.data[:, [1, 0, *range(2, 499)]]
+    assert failure(model, graph, small, kept)[1] == "fc2.weight is not the original without the removed neurons"
+
+
+@pytest.mark.parametrize("permuted", ["conv2.weight", "conv2.bias"])
+def test_permuted_rows(permuted: str) -> None:
+    """Rows in another order than the consumer reads them: the labels that the tensors carry say so."""
+    model = LeNet()
+    graph = torchtrim.trace(model, EXAMPLE)
+    kept = graph.bodies({"conv2": [0]})
+    axes = {**graph.axes, permuted: (graph.axes[permuted][0][::-1].copy(), *graph.axes[permuted][1:])}
+    wrong = replace(graph, axes=axes)
+    blamed, _ = failure(model, wrong, trimmed(model, wrong, kept), kept)
+    assert blamed == set(graph.layers["conv2"].roots.tolist())
+
+
+def test_pieces_that_were_not_tied() -> None:
+    """Gates whose halves lost different neurons have the right shapes and the wrong values."""
+    toy = TOYS["gated unit"]
+    model = toy.build()
+    graph = torchtrim.trace(model, torch.randn(toy.shape))
+    separate = np.arange(len(graph.root), len(graph.root) + 16)
+    root = np.concatenate([graph.root, separate])
+    axes = {**graph.axes, "a.weight": (separate, graph.axes["a.weight"][1]), "a.bias": (separate,)}
+    wrong = replace(graph, axes=axes, root=root)
+    kept = np.ones(len(root), bool)
+    kept[separate[[1, 10]]] = False
+    kept[graph.layers["a"].roots[1]] = False
+    assert prove(model, wrong, trimmed(model, wrong, kept), kept) is not None
+
+
+def test_another_path_through_the_code() -> None:
+    """Code that looks at its own width and does something else."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = net.a(x)
+        return net.out(x.relu() if x.shape[1] == 8 else x.tanh())
+
+    model = Net(forward, {"a": nn.Linear(3, 8), "out": nn.Linear(8, 2)})
+    assert "another operator runs" in torchtrim.trace(model, torch.zeros(2, 3)).locked["a"]
+
+
+@pytest.mark.parametrize("number", [lambda x: x.shape[1], lambda x: x.shape[1] ** -0.5, lambda x: float(x.shape[1])])
+def test_a_number_made_of_a_width(number: Callable[[Tensor], float]) -> None:
+    modules = {"a": nn.Linear(3, 8), "out": nn.Linear(8, 2)}
+    model = Net(lambda net, x: net.out(net.a(x).relu() * number(net.a(x))), modules)
+    assert "a number depends on the width" in torchtrim.trace(model, torch.zeros(2, 3)).locked["a"]
+
+
+@pytest.mark.parametrize("tensor", [lambda n: torch.tensor(float(n)).sqrt(), lambda n: torch.full((), n)])
+def test_a_tensor_made_of_a_width(tensor: Callable[[int], Tensor]) -> None:
+    modules = {"a": nn.Linear(3, 8), "out": nn.Linear(8, 2)}
+    model = Net(lambda net, x: net.out(net.a(x).relu() / tensor(net.a(x).shape[1])), modules)
+    assert "a number depends on the width" in torchtrim.trace(model, torch.zeros(2, 3)).locked["a"]
+
+
+def test_many_faults_are_found_in_one_pass() -> None:
+    """Each failed proof blames all that it can see, and nothing else."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        for layer in (net.a, net.b, net.c):
+            x = layer(x).relu()
+            x = x / x.shape[1]
+        return net.out(net.d(x).relu())
+
+    model = Net(forward, {"a": nn.Linear(3, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 8), "d": nn.Linear(8, 8),
+                          "out": nn.Linear(8, 2)})  # fmt: skip
+    tries: list[object] = []
+    original = torchtrim._graph._try
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchtrim._graph, "_try", lambda *a: (tries.append(a), original(*a))[1])
+        graph = torchtrim.trace(model, torch.zeros(2, 3))
+    assert set(graph.locked) == {"a", "b", "c", "out"}
+    assert len(tries) == 2
+
+
+def test_data_that_decides_what_is_tied() -> None:
+    """The branch that the masked model takes joins what the traced one did not: it stays."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        a, b = net.a(x).relu(), net.b(x).relu()
+        return net.out(torch.cat([a, b], 1)) + (0 if a.sum() > 4.5 else net.other(a + b))
+
+    model = Net(forward, {"a": nn.Linear(3, 4), "b": nn.Linear(3, 4), "out": nn.Linear(8, 2), "other": nn.Linear(4, 2)})
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.5)
+    example = torch.full((1, 3), 0.5)
+    graph = torchtrim.trace(model, example)
+    assert graph.device == "cpu"
+    assert not any("other" in layer for layer in graph.layers)  # the trace took the first branch
+    assert "data decides" in graph.locked["a"]
+
+
+def test_data_that_decides_nothing_that_matters() -> None:
+    toy = TOYS["control flow that depends on data"]
+    graph = torchtrim.trace(toy.build(), torch.randn(toy.shape))
+    assert graph.device == "cpu"
+    assert set(graph.locked) == {"out"}

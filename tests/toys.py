@@ -1,0 +1,718 @@
+"""Small networks, one for each thing that an operator can do to neurons, each with the layers that are free to trim.
+
+A toy ends in a layer named `out`, the model's output, which must be locked; `locked` names the others that must be,
+with a part of the reason. All other layers must be free.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchtrim
+from torchtrim import LayerPlan, NeuronGraph, Plan
+
+OUTPUT = "output of the model"
+
+
+def random_plan(graph: NeuronGraph, seed: int = 0, fraction: float = 0.3) -> Plan:
+    """A fraction of the free neurons of every group, at least one of each where it has two; none of a layer's last."""
+    random = np.random.default_rng(seed)
+    decided: set[int] = set()
+    gone: set[int] = set()
+    for layer in graph.layers.values():
+        units = np.array(sorted(set(layer.roots[layer.removable].tolist()) - decided))
+        if len(units) > 1:
+            gone |= set(random.choice(units, max(1, int(len(units) * fraction)), replace=False).tolist())
+        decided |= set(units.tolist())
+    for layer in graph.layers.values():
+        if gone.issuperset(layer.roots.tolist()):
+            gone -= {int(layer.roots[0])}
+    positions = {name: np.flatnonzero(np.isin(layer.roots, list(gone))) for name, layer in graph.layers.items()}
+    return Plan({n: LayerPlan(graph.layers[n].width, tuple(p.tolist())) for n, p in positions.items() if p.size})
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """In float64 and evaluation mode, with the statistics and scales of a model that was trained."""
+    for module in model.modules():
+        if isinstance(getattr(module, "running_mean", None), Tensor):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+        if (
+            isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
+            and module.weight is not None
+        ):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return model.double().eval()
+
+
+def assert_trim_equals_mask(model: nn.Module, plan: Plan, example: Tensor, *others: Tensor) -> nn.Module:
+    """Trim and mask by one plan, compare what they compute on all inputs; returns the trimmed model."""
+    small, silent = torchtrim.trim(model, plan, example), torchtrim.mask(model, plan, example)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    moved = False
+    for inputs in (example, *others):
+        with torch.no_grad():
+            expected = silent(inputs)
+            torch.testing.assert_close(small(inputs), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+            assert expected.isfinite().all()
+            moved |= not torch.allclose(expected, model(inputs), rtol=1e-6)
+    assert moved, "the plan silences nothing that the outputs show"
+    return small
+
+
+class Net(nn.Module):
+    """Modules by name, and a function of the network and its inputs."""
+
+    def __init__(self, forward: Callable[..., Tensor], modules: Mapping[str, nn.Module | nn.Parameter]) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.function = forward
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(self, *inputs)
+
+
+@dataclass(frozen=True)
+class Toy:
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    free: frozenset[str]
+    locked: Mapping[str, str] = field(default_factory=dict)
+
+
+TOYS: dict[str, Toy] = {}
+
+
+def toy(name: str, shape: tuple[int, ...], free: str, locked: Mapping[str, str] | None = None, **modules: object):
+    """Register a network: `modules` are functions without arguments, so that each test builds its own."""
+
+    def register(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def build() -> nn.Module:
+            return Net(forward, {key: make() for key, make in modules.items()})  # type: ignore[operator]
+
+        assert name not in TOYS, name
+        TOYS[name] = Toy(build, shape, frozenset(free.split()), {"out": OUTPUT, **(locked or {})})
+        return forward
+
+    return register
+
+
+def linear(ins: int, outs: int, bias: bool = True) -> Callable[[], nn.Module]:
+    return lambda: nn.Linear(ins, outs, bias)
+
+
+def conv(ins: int, outs: int, kernel: int = 3, **options: object) -> Callable[[], nn.Module]:
+    return lambda: nn.Conv2d(ins, outs, kernel, padding=kernel // 2, **options)  # type: ignore[arg-type]
+
+
+def weight(*shape: int) -> Callable[[], nn.Parameter]:
+    return lambda: nn.Parameter(torch.randn(shape) / math.sqrt(shape[-1]))
+
+
+IMAGES = (2, 3, 8, 8)
+SEQUENCES = (2, 5, 6)
+VECTORS = (4, 6)
+
+# ------------------------------------------------------------------ convolutions
+
+
+@toy("conv1d", (2, 3, 9), "a b", a=lambda: nn.Conv1d(3, 6, 3), b=lambda: nn.Conv1d(6, 8, 3, bias=False),
+     out=linear(8, 4))  # fmt: skip
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu().mean(2))
+
+
+@toy("conv2d, strided and dilated", IMAGES, "a b", a=conv(3, 6, stride=2), b=conv(6, 8, dilation=2), out=linear(8, 4))
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu().mean((2, 3)))
+
+
+@toy("conv3d", (2, 3, 4, 5, 6), "a b", a=lambda: nn.Conv3d(3, 6, 3, padding=1), b=lambda: nn.Conv3d(6, 8, 1),
+     out=linear(8, 4))  # fmt: skip
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu().mean((2, 3, 4)))
+
+
+@toy("grouped conv, few groups: the same positions of every group go", IMAGES, "a b", a=conv(3, 8),
+     b=conv(8, 12, groups=2), out=linear(12, 4))  # fmt: skip
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu().mean((2, 3)))
+
+
+@toy("grouped conv, many groups: whole groups go", IMAGES, "a b", a=conv(3, 16), b=conv(16, 24, groups=8),
+     out=linear(24, 4))  # fmt: skip
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu().mean((2, 3)))
+
+
+@toy("depthwise conv with multiplier", IMAGES, "a b", a=conv(3, 8), b=conv(8, 16, groups=8), out=linear(16, 4))
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu().mean((2, 3)))
+
+
+@toy("transposed conv", IMAGES, "a b", a=conv(3, 6), b=lambda: nn.ConvTranspose2d(6, 8, 2, 2), out=linear(8, 4))
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu().mean((2, 3)))
+
+
+@toy("transposed grouped conv", IMAGES, "a b", a=conv(3, 8), b=lambda: nn.ConvTranspose2d(8, 12, 2, 2, groups=2),
+     out=linear(12, 4))  # fmt: skip
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu().mean((2, 3)))
+
+
+@toy("transposed depthwise conv", IMAGES, "a b", a=conv(3, 8), b=lambda: nn.ConvTranspose2d(8, 8, 2, 2, groups=8),
+     out=linear(8, 4))  # fmt: skip
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu().mean((2, 3)))
+
+
+@toy("weight_norm", IMAGES, "a b", a=lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3)),
+     b=lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 8, 3)), out=linear(8, 4))  # fmt: skip
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu().mean((2, 3)))
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation: each neuron's weights over all its inputs have mean 0 and deviation 1."""
+
+    def forward(self, x):
+        spread, centre = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - centre) / (spread + 1e-5).sqrt(), self.bias, padding=1)
+
+
+@toy("weight standardisation: inputs are normalised over, outputs are free", IMAGES, "b", {"a": "reduced over"},
+     a=lambda: Standardised(3, 6, 3), b=lambda: Standardised(6, 8, 3), out=linear(8, 4))  # fmt: skip
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu().mean((2, 3)))
+
+
+# ------------------------------------------------------------------ matrix products
+
+
+@toy("linear through addmm", VECTORS, "a b", a=linear(6, 8), b=linear(8, 10), out=linear(10, 3))
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu())
+
+
+@toy("linear through mm", VECTORS, "a b", a=linear(6, 8, False), b=linear(8, 10, False), out=linear(10, 3))
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu())
+
+
+@toy("linear on sequences", SEQUENCES, "a b", a=linear(6, 8), b=linear(8, 10, False), out=linear(10, 3))
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu())
+
+
+@toy("parameters and matmul", SEQUENCES, "a b", a=weight(6, 8), b=weight(8, 10), out=weight(10, 3))
+def _(net, x):
+    return (x @ net.a).relu() @ net.b @ net.out
+
+
+@toy("einsum", SEQUENCES, "a b", a=weight(8, 6), b=weight(10, 8), out=weight(3, 10))
+def _(net, x):
+    hidden = torch.einsum("nlc,oc->nlo", x, net.a).relu()
+    return torch.einsum("nlc,oc->nlo", torch.einsum("nlc,oc->nlo", hidden, net.b), net.out)
+
+
+@toy("bmm with one weight per branch", SEQUENCES, "a b", a=weight(3, 6, 8), b=weight(3, 8, 10), out=linear(10, 3))
+def _(net, x):
+    branches = x.mean(1).expand(3, -1, -1)
+    return net.out(torch.bmm(torch.bmm(branches, net.a).relu(), net.b).sum(0))
+
+
+@toy("matrix and vector", (6,), "a", a=weight(8, 6), b=weight(8), out=weight(3, 8))
+def _(net, x):
+    return torch.mv(net.out, torch.mv(net.a, x).tanh() * net.b)
+
+
+@toy("bilinear", VECTORS, "a b", a=linear(6, 8), b=lambda: nn.Bilinear(8, 6, 5), out=linear(5, 3))
+def _(net, x):
+    return net.out(net.b(net.a(x), x))
+
+
+@toy("embedding", (4, 3), "table a", table=lambda: nn.Embedding(11, 6), a=linear(6, 8), out=linear(8, 3))
+def _(net, x):
+    return net.out(net.a(net.table(x.abs().long().clamp(0, 10))).relu().mean(1))
+
+
+@toy("tied weights", VECTORS, "a", a=linear(6, 8), out=linear(6, 3))
+def _(net, x):
+    return net.out(F.linear(net.a(x).relu(), net.a.weight.t()))
+
+
+@toy("a layer that is used twice", VECTORS, "a b", a=linear(6, 8), b=linear(8, 8), out=linear(8, 3))
+def _(net, x):
+    return net.out(net.b(net.b(net.a(x).relu()).relu()).relu())
+
+
+@toy("low rank", VECTORS, "a b", a=linear(6, 8), b=weight(8, 2), c=weight(2, 8), out=linear(8, 3))
+def _(net, x):
+    return net.out(F.linear(net.a(x).relu(), net.b @ net.c).relu())
+
+
+# ------------------------------------------------------------------ normalisation
+
+
+@toy("batch norm, before and after the activation", IMAGES, "a b c", a=conv(3, 6),
+     norm1=lambda: nn.BatchNorm2d(6), b=conv(6, 8, bias=False), norm2=lambda: nn.BatchNorm2d(8), c=conv(8, 8),
+     norm3=lambda: nn.BatchNorm2d(8, affine=False), out=conv(8, 2))  # fmt: skip
+def _(net, x):
+    x = net.norm1(net.a(x)).relu()
+    x = net.norm2(net.b(x).relu())
+    return net.out(net.norm3(net.c(x)).relu())
+
+
+@toy("batch norm 1d", VECTORS, "a", a=linear(6, 8), norm=lambda: nn.BatchNorm1d(8), out=linear(8, 3))
+def _(net, x):
+    return net.out(net.norm(net.a(x)).relu())
+
+
+@toy("instance norm", IMAGES, "a b", a=conv(3, 6), norm1=lambda: nn.InstanceNorm2d(6, affine=True), b=conv(6, 8),
+     norm2=lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True), out=conv(8, 2))  # fmt: skip
+def _(net, x):
+    return net.out(net.norm2(net.b(net.norm1(net.a(x)).relu())).relu())
+
+
+@toy("group norm: whole groups go", IMAGES, "a", {"b": "lose everything"}, a=conv(3, 12),
+     norm1=lambda: nn.GroupNorm(4, 12), b=conv(12, 8), norm2=lambda: nn.GroupNorm(1, 8), out=conv(8, 2))  # fmt: skip
+def _(net, x):
+    return net.out(net.norm2(net.b(net.norm1(net.a(x)).relu())).relu())
+
+
+@toy("layer norm: the normalised axis stays", SEQUENCES, "b", {"a": "normalised over", "c": "normalised over"},
+     a=linear(6, 8), norm=lambda: nn.LayerNorm(8), b=linear(8, 10), c=linear(10, 8), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    x = net.a(x)
+    return net.out(net.norm(x + net.c(net.b(net.norm(x)).relu())))
+
+
+@toy("rms norm", SEQUENCES, "b", {"a": "", "c": ""}, a=linear(6, 8), norm=lambda: nn.RMSNorm(8), b=linear(8, 10),
+     c=linear(10, 8), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    x = net.a(x)
+    return net.out(net.norm(x + net.c(net.b(net.norm(x)).relu())))
+
+
+@toy("local response norm", IMAGES, "b", {"a": ""}, a=conv(3, 6), norm=lambda: nn.LocalResponseNorm(3), b=conv(6, 8),
+     out=conv(8, 2))  # fmt: skip
+def _(net, x):
+    return net.out(net.b(net.norm(net.a(x).relu())).relu())
+
+
+@toy("euclidean normalisation", VECTORS, "a", a=linear(6, 8), out=linear(8, 3))
+def _(net, x):
+    return net.out(F.normalize(net.a(x).relu(), dim=1))
+
+
+@toy("softmax over neurons", VECTORS, "b", {"a": "compared"}, a=linear(6, 8), b=linear(8, 10), out=linear(10, 3))
+def _(net, x):
+    return net.out(net.b(net.a(x).softmax(1)).relu())
+
+
+# ------------------------------------------------------------------ activations
+
+
+@toy("smooth activations that keep zero", VECTORS, "a b c d", a=linear(6, 8), b=linear(8, 8), c=linear(8, 8),
+     d=linear(8, 8), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    x = F.gelu(net.a(x))
+    x = F.silu(net.b(x))
+    return net.out(torch.tanh(F.elu(net.d(F.mish(net.c(x))))))
+
+
+@toy("activations that do not keep zero, read through weights and summed", VECTORS, "a c",
+     {"b": "silent neuron is not zero"}, a=linear(6, 8), b=linear(8, 8), c=linear(1, 8), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    x = torch.sigmoid(net.a(x))
+    x = F.softplus(net.b(x)).sum(1, keepdim=True)
+    return net.out(net.c(x) + 1)
+
+
+@toy("numbers that keep zero, and one that does not", VECTORS, "a c", {"b": "silent neuron is not zero"},
+     a=linear(6, 8), b=linear(1, 8), c=linear(1, 8), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    x = ((net.a(x).relu() - 0) * 2 / 3).sum(1, keepdim=True)
+    return net.out(net.c((net.b(x) + 1).sum(1, keepdim=True)))
+
+
+@toy("clamp keeps zero only where zero is inside", VECTORS, "a c", {"b": "silent neuron is not zero"}, a=linear(6, 8),
+     b=linear(1, 8), c=linear(1, 8), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    x = net.a(x).clamp(-1, 1).sum(1, keepdim=True)
+    return net.out(net.c(net.b(x).clamp(0.1, 1).sum(1, keepdim=True)))
+
+
+@toy("prelu with one slope for each neuron", IMAGES, "a b", a=conv(3, 6), prelu=lambda: nn.PReLU(6), b=conv(6, 6),
+     one=nn.PReLU, out=conv(6, 2))  # fmt: skip
+def _(net, x):
+    return net.out(net.one(net.b(net.prelu(net.a(x)))))
+
+
+@toy("in place, functional and reused activations", VECTORS, "a b c", a=linear(6, 8), b=linear(8, 8), c=linear(8, 8),
+     act=lambda: nn.ReLU(inplace=True), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    x = net.act(net.a(x))
+    x = net.act(net.b(x))
+    x = F.relu_(net.c(x))
+    x += 0
+    x.mul_(2)
+    return net.out(x)
+
+
+@toy("in place through a view", IMAGES, "a", a=conv(3, 6), out=linear(6 * 64, 3))
+def _(net, x):
+    x = net.a(x)
+    x.flatten(1).relu_()
+    return net.out(x.flatten(1).mul_(2))
+
+
+@toy("in place through a view takes zero away", VECTORS, "b", {"a": "silent neuron is not zero"}, a=linear(6, 8),
+     b=linear(1, 8), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    x = net.a(x).relu()
+    x.view(-1, x.shape[1]).add_(1)
+    return net.out(net.b(x.sum(1, keepdim=True)))
+
+
+@toy("a part is overwritten", VECTORS, "b", {"a": "disagree"}, a=linear(6, 8), b=linear(8, 8), out=linear(8, 3))
+def _(net, x):
+    x = net.a(x)
+    x[:, :2] = 0
+    return net.out(net.b(x).relu())
+
+
+@toy("a part is written into", VECTORS, "b", {"a": "written into"}, a=linear(6, 4), b=linear(8, 8), out=linear(8, 3))
+def _(net, x):
+    whole = x.new_zeros(x.shape[0], 8)
+    whole[:, :4] = net.a(x)
+    return net.out(net.b(whole).relu())
+
+
+@toy("a view is read after its base was written to", VECTORS, "b", {"a": "another name"}, a=linear(6, 8),
+     b=linear(8, 8), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    x = net.a(x).relu()
+    view = x.view(-1, 8)
+    x += 1
+    return net.out(net.b(view).relu())
+
+
+@toy("dropout", IMAGES, "a b", a=conv(3, 6), drop=lambda: nn.Dropout2d(0.5), b=conv(6, 8), out=conv(8, 2))
+def _(net, x):
+    return net.out(F.dropout(net.b(net.drop(net.a(x)).relu()), 0.3, net.training))
+
+
+# ------------------------------------------------------------------ residuals, joins, gates
+
+
+@toy("residual", IMAGES, "a b c", a=conv(3, 8), b=conv(8, 6), c=conv(6, 8), out=conv(8, 2))
+def _(net, x):
+    x = net.a(x)
+    return net.out((x + net.c(net.b(x).relu())).relu())
+
+
+@toy("dense joins", IMAGES, "a b c", a=conv(3, 4), b=conv(4, 5), c=conv(9, 6), out=conv(15, 2))
+def _(net, x):
+    a = net.a(x).relu()
+    b = net.b(a).relu()
+    c = net.c(torch.cat([a, b], 1)).relu()
+    return net.out(torch.cat([a, b, c], 1))
+
+
+@toy("cat with an input", IMAGES, "a", a=conv(3, 4), out=conv(7, 2))
+def _(net, x):
+    return net.out(torch.cat([x, net.a(x).relu()], 1))
+
+
+@toy("residual with an input", IMAGES, "", {"a": "fixed size"}, a=conv(3, 3), out=conv(3, 2))
+def _(net, x):
+    return net.out(x + net.a(x))
+
+
+@toy("squeeze and excitation", IMAGES, "a b c", a=conv(3, 8), b=conv(8, 4, 1), c=conv(4, 8, 1), out=conv(8, 2))
+def _(net, x):
+    x = net.a(x).relu()
+    gate = net.c(net.b(F.adaptive_avg_pool2d(x, 1)).relu()).sigmoid()
+    return net.out(x * gate)
+
+
+@toy("spatial attention: a mean over neurons", IMAGES, "", {"a": "reduced"}, a=conv(3, 8), b=conv(2, 1, 7),
+     out=conv(8, 2))  # fmt: skip
+def _(net, x):
+    x = net.a(x).relu()
+    return net.out(x * net.b(torch.stack([x.mean(1), x.amax(1)], 1)).sigmoid())
+
+
+@toy("a sum over neurons", IMAGES, "a", a=conv(3, 8), out=conv(1, 2))
+def _(net, x):
+    return net.out(net.a(x).relu().sum(1, keepdim=True))
+
+
+@toy("a sum over neurons, divided by their number", IMAGES, "", {"a": "a number depends on the width"}, a=conv(3, 8),
+     out=conv(1, 2))  # fmt: skip
+def _(net, x):
+    x = net.a(x).relu()
+    return net.out(x.sum(1, keepdim=True) / x.shape[1])
+
+
+@toy("gated unit", VECTORS, "a b", a=linear(6, 16), b=linear(8, 20), out=linear(10, 3))
+def _(net, x):
+    value, gate = net.a(x).chunk(2, 1)
+    return net.out(F.glu(net.b(value * gate.sigmoid()), 1))
+
+
+@toy("gated unit of two layers", SEQUENCES, "a b", a=linear(6, 8), b=linear(6, 8), out=linear(8, 3))
+def _(net, x):
+    return net.out(F.silu(net.a(x)) * net.b(x))
+
+
+@toy("maxout", VECTORS, "a b", a=linear(6, 8), b=linear(6, 8), out=linear(8, 3))
+def _(net, x):
+    return net.out(torch.maximum(net.a(x), net.b(x)))
+
+
+@toy("where", VECTORS, "a b", a=linear(6, 8), b=linear(6, 8), out=linear(8, 3))
+def _(net, x):
+    a = net.a(x)
+    return net.out(torch.where(a > 0, a, net.b(x)))
+
+
+@toy("layer scale and drop path", IMAGES, "a b", a=conv(3, 8), b=conv(8, 8), scale=weight(8, 1, 1), out=conv(8, 2))
+def _(net, x):
+    x = net.a(x)
+    return net.out(x + net.scale * net.b(x).relu() * x.new_ones(x.shape[0], 1, 1, 1))
+
+
+# ------------------------------------------------------------------ pooling, padding, interpolation
+
+
+@toy("pooling", IMAGES, "a b c", a=conv(3, 6), b=conv(6, 8), c=conv(8, 8), out=linear(8, 3))
+def _(net, x):
+    x = F.max_pool2d(net.a(x).relu(), 3, 2, 1)
+    x = F.avg_pool2d(net.b(x).relu(), 2, ceil_mode=True)
+    return net.out(F.adaptive_max_pool2d(net.c(x).relu(), 1).flatten(1) + x.mean((2, 3)) * 0 + x.amax((2, 3)) * 0)
+
+
+@toy("padding", IMAGES, "a b c", a=conv(3, 6), b=conv(6, 8), c=conv(8, 8), out=conv(8, 2))
+def _(net, x):
+    x = F.pad(net.a(x).relu(), (1, 1, 1, 1))
+    x = F.pad(net.b(x).relu(), (1, 1, 1, 1), "reflect")
+    return net.out(F.pad(net.c(x).relu(), (1, 1, 1, 1), value=1.0))
+
+
+@toy(
+    "padding neurons with zeros",
+    IMAGES,
+    "a b",
+    a=conv(3, 6),
+    b=conv(6, 10),
+    out=conv(10, 2),
+)
+def _(net, x):
+    x = net.a(x).relu()
+    return net.out(net.b(x) + F.pad(x, (0, 0, 0, 0, 2, 2)))
+
+
+@toy("interpolation", IMAGES, "a b", a=conv(3, 6), b=conv(6, 8), out=conv(8, 2))
+def _(net, x):
+    x = F.interpolate(net.a(x).relu(), scale_factor=2, mode="nearest")
+    return net.out(F.interpolate(net.b(x).relu(), size=(5, 5), mode="bilinear"))
+
+
+# ------------------------------------------------------------------ shapes
+
+
+@toy("flatten", IMAGES, "a b", a=conv(3, 6), b=linear(6 * 64, 8), out=linear(8, 3))
+def _(net, x):
+    return net.out(net.b(net.a(x).relu().flatten(1)).relu())
+
+
+@toy("view, reshape, unsqueeze and squeeze", IMAGES, "a b", a=conv(3, 6), b=linear(6 * 64, 8), out=linear(8, 3))
+def _(net, x):
+    x = net.a(x).relu()
+    x = net.b(x.view(x.size(0), -1)).relu()
+    return net.out(x.unsqueeze(1).unsqueeze(-1).squeeze().reshape(x.shape))
+
+
+@toy("permute and transpose", IMAGES, "a b c", a=conv(3, 6), b=linear(6, 8), c=conv(8, 8), out=linear(8, 3))
+def _(net, x):
+    x = net.b(net.a(x).relu().permute(0, 2, 3, 1)).relu()
+    return net.out(net.c(x.movedim(-1, 1)).relu().flatten(2).transpose(1, 2))
+
+
+@toy("roll, flip and repeat", SEQUENCES, "a b", a=linear(6, 8), b=linear(8, 8), out=linear(8, 3))
+def _(net, x):
+    x = net.a(x).relu().roll(2, 1).flip(1)
+    return net.out(net.b(x.repeat(1, 2, 1)).relu())
+
+
+@toy("neurons in reverse and twice", VECTORS, "a", a=linear(6, 8), out=linear(16, 3))
+def _(net, x):
+    return net.out(net.a(x).relu().flip(1).repeat(1, 2))
+
+
+@toy("expand", VECTORS, "a b", a=linear(6, 8), b=linear(8, 8), out=linear(8, 3))
+def _(net, x):
+    x = net.a(x).relu()
+    return net.out(net.b(x.unsqueeze(1).expand(-1, 3, -1)).relu())
+
+
+@toy("equal pieces: chunk, split, slice, strided slice", VECTORS, "a b c d", a=linear(6, 16), b=linear(8, 16),
+     c=linear(8, 16), d=linear(8, 16), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    left, right = net.a(x).relu().chunk(2, 1)
+    x = net.b(left + right).relu()
+    left, right = x.split(x.shape[1] // 2, 1)
+    x = net.c(left * right).relu()
+    x = net.d(x[:, : x.shape[1] // 2] + x[:, x.shape[1] // 2 :]).relu()
+    return net.out(x[:, ::2] - x[:, 1::2])
+
+
+@toy("unequal pieces", VECTORS, "b", {"a": "unequal"}, a=linear(6, 9), b=linear(3, 8), out=linear(14, 3))
+def _(net, x):
+    left, right = net.a(x).relu().split([3, 6], 1)
+    return net.out(torch.cat([net.b(left).relu(), right], 1))
+
+
+@toy("pieces of a size that the code holds", VECTORS, "b", {"a": ""}, a=linear(6, 16), b=linear(8, 8), out=linear(8, 3))
+def _(net, x):
+    left, right = net.a(x).relu().split(8, 1)
+    return net.out(net.b(left * right).relu())
+
+
+@toy("select, stack and unbind", SEQUENCES, "a b", a=linear(6, 8), b=linear(8, 8), out=linear(8, 3))
+def _(net, x):
+    first, *others = net.a(x).relu().unbind(1)
+    return net.out(net.b(torch.stack([first, *others], 1)).relu()[:, 0])
+
+
+@toy("one neuron is picked", VECTORS, "b", {"a": "picked"}, a=linear(6, 8), b=linear(8, 8), out=linear(8, 3))
+def _(net, x):
+    x = net.a(x).relu()
+    return net.out(net.b(x).relu() + x[:, 2].unsqueeze(1))
+
+
+@toy("positions are picked by index", SEQUENCES, "a b", a=linear(6, 8), b=linear(8, 8), out=linear(8, 3))
+def _(net, x):
+    x = net.a(x).relu()[:, torch.tensor([0, 2, 4])]
+    return net.out(net.b(x).relu().index_select(1, torch.tensor([1, 0])))
+
+
+@toy("neurons are picked by index", VECTORS, "b", {"a": "picked"}, a=linear(6, 8), b=linear(4, 8), out=linear(8, 3))
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()[:, torch.tensor([0, 2, 4, 6])]).relu())
+
+
+@toy("channel shuffle", IMAGES, "a b", a=conv(3, 8), b=conv(8, 8), out=conv(8, 2))
+def _(net, x):
+    x = net.a(x).relu()
+    x = x.view(x.shape[0], 2, -1, 8, 8).transpose(1, 2).reshape(x.shape[0], -1, 8, 8)
+    return net.out(F.channel_shuffle(net.b(x).relu(), 2))
+
+
+@toy("shuffled halves", IMAGES, "a b c d", a=conv(3, 8), b=conv(8, 8), c=conv(8, 8), d=conv(8, 8), out=conv(16, 2))
+def _(net, x):
+    def shuffled(*parts):
+        x = torch.cat(parts, 1)
+        n, channels, height, width = x.shape
+        return x.view(n, 2, channels // 2, height, width).transpose(1, 2).reshape(n, channels, height, width)
+
+    x = net.a(x).relu()
+    left, right = shuffled(x, net.b(x).relu()).chunk(2, 1)
+    left, right = shuffled(left, net.c(right).relu()).chunk(2, 1)
+    return net.out(shuffled(left, net.d(right).relu()))
+
+
+@toy("pixel shuffle and back", IMAGES, "a b", a=conv(3, 24), b=conv(6, 5), out=conv(20, 2))
+def _(net, x):
+    x = net.b(F.pixel_shuffle(net.a(x).relu(), 2)).relu()
+    return net.out(F.pixel_unshuffle(x, 2))
+
+
+@toy("unfold and fold", IMAGES, "a b", a=conv(3, 4), b=linear(16, 12), out=conv(3, 2))
+def _(net, x):
+    patches = F.unfold(net.a(x).relu(), 2, stride=2).transpose(1, 2)
+    return net.out(F.fold(net.b(patches).relu().transpose(1, 2), (8, 8), 2, stride=2))
+
+
+# ------------------------------------------------------------------ attention
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    return x.view(x.shape[0], x.shape[1], count, -1).transpose(1, 2)
+
+
+@toy("attention with a number of heads that the code holds", SEQUENCES, "", {"q": "", "k": "", "v": ""},
+     q=linear(6, 8), k=linear(6, 8), v=linear(6, 12), out=linear(12, 3))  # fmt: skip
+def _(net, x):
+    q, k, v = heads(net.q(x), 2), heads(net.k(x), 2), heads(net.v(x), 2)
+    return net.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@toy("attention whose scale the code holds", SEQUENCES, "q k v", q=linear(6, 8), k=linear(6, 8), v=linear(6, 8),
+     out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    scores = net.q(x) @ net.k(x).transpose(1, 2) * 0.35
+    return net.out(scores.softmax(-1) @ net.v(x))
+
+
+@toy("nn.MultiheadAttention", SEQUENCES, "a", {"attention.in_proj_weight": "", "attention.out_proj": ""},
+     attention=lambda: nn.MultiheadAttention(6, 2, batch_first=True), a=linear(6, 8), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    return net.out(net.a(x + net.attention(x, x, x, need_weights=False)[0]).relu())
+
+
+@toy("transformer layer", SEQUENCES, "layer.linear1",
+     {"layer.self_attn.in_proj_weight": "", "layer.self_attn.out_proj": "", "layer.linear2": "fixed size"},
+     layer=lambda: nn.TransformerEncoderLayer(6, 2, 16, batch_first=True), out=linear(6, 3))  # fmt: skip
+def _(net, x):
+    return net.out(net.layer(x))
+
+
+@toy("token mixing", SEQUENCES, "a", {"b": "fixed size"}, a=linear(5, 8), b=linear(8, 5),
+     out=linear(6, 3))  # fmt: skip
+def _(net, x):
+    return net.out(x + net.b(net.a(x.transpose(1, 2)).relu()).transpose(1, 2))
+
+
+# ------------------------------------------------------------------ what cannot be known
+
+
+@toy("an operator without a row", VECTORS, "b", {"a": "no rule is known"}, a=linear(6, 8), b=linear(8, 8),
+     out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    return net.out(net.b(torch.cdist(net.a(x), net.a(x)) @ net.a(x)).relu())
+
+
+@toy("recurrent cells", SEQUENCES, "", {"cell.weight_ih_l0": "", "cell.weight_hh_l0": ""},
+     cell=lambda: nn.LSTM(6, 8, batch_first=True), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    return net.out(net.cell(x)[0])
+
+
+@toy("control flow that depends on data", VECTORS, "a b", a=linear(6, 8), b=linear(8, 8), out=linear(8, 3))
+def _(net, x):
+    x = net.a(x).relu()
+    if x.sum() > 1e6:
+        x = x * 2
+    return net.out(net.b(x).relu())
+
+
+@toy("a width that the code holds locks only its group", IMAGES, "b", {"a": "holds its width"}, a=conv(3, 6),
+     b=linear(6 * 64, 8), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    return net.out(net.b(net.a(x).relu().view(-1, 6 * 64)).relu())
+
+
+@toy("a mean over neurons through weights", VECTORS, "b", {"a": ""}, a=linear(6, 8), b=linear(8, 8), out=linear(8, 3))
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu() * net.a.weight.detach().abs().mean())
