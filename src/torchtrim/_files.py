@@ -33,11 +33,22 @@ def write_whole(path: Path, content: bytes | str) -> None:
         os.umask(umask)
         Path(temporary).chmod(0o666 & ~umask)
         Path(temporary).replace(path)
+        _flush_directory(path.parent)
     except OSError as error:
         raise StoreError(f"{path}: cannot be written: {error.strerror or error}; choose another place") from error
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _flush_directory(path: Path) -> None:
+    """A new name outlives a power failure once its directory is on the disk; Windows does that by itself."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def is_partial(name: str, of: str) -> bool:

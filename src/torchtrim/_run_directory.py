@@ -156,10 +156,12 @@ class RunDirectory:
             )
         content = {"format": _FORMAT, "version": _VERSION, **asked, "versions": made}
         write_whole(self.path / _RUN, json.dumps(content, indent=2) + "\n")
+        if (self.path / _ANCESTOR).exists():
+            self._summarise()
 
     def _drop_leftovers(self, everything: bool) -> None:
         """Remove what was half written, or all that a run wrote; the last round first, so that no gap can be left."""
-        for place in sorted(_round_places(self.path), reverse=True):
+        for _, place in sorted(_round_places(self.path).items(), reverse=True):
             if everything:
                 (place / _METRICS).unlink(missing_ok=True)
             if not (place / _METRICS).exists():
@@ -185,7 +187,15 @@ class RunDirectory:
         return read_facts(place) if place.exists() else {}
 
     def keep_ancestor(self, model: nn.Module, facts: Mapping[str, Any]) -> None:
-        """Keep the model that the loop starts from, and what JSON can say of it, such as its accuracy."""
+        """Keep the model that the loop starts from, and what JSON can say of it, such as its accuracy.
+
+        Raises StoreError: the model cannot be saved, or the rounds that are there start from another.
+        """
+        if any(_whole_rounds(self.path)):
+            raise StoreError(
+                f"{self.path}: expected no rounds yet, found some that start from another model; pass --overwrite to "
+                "drop them, or choose another --out"
+            )
         write_model(model, self.path / _ANCESTOR, _as_json(self.path, facts))
         self._summarise()
 
@@ -214,7 +224,15 @@ class RunDirectory:
 
     def _summarise(self) -> None:
         rounds = [_read_json(place / _METRICS, "torchtrim-round") for place in _whole_rounds(self.path)]
-        content = {"format": "torchtrim-metrics", "version": _VERSION, "ancestor": self.facts, "rounds": rounds}
+        ancestor: dict[str, Any] = {"facts": self.facts}
+        for first in rounds[:1]:
+            ancestor |= {
+                "widths": {name: before for name, (before, _) in first["widths"].items()},
+                "cost": first["ancestor"],
+                "accuracy": first["accuracy"]["before"],
+                "test": first["test"] and first["test"]["before"],
+            }
+        content = {"format": "torchtrim-metrics", "version": _VERSION, "ancestor": ancestor, "rounds": rounds}
         write_whole(self.path / _METRICS, json.dumps(content, indent=2) + "\n")
 
 
@@ -270,13 +288,14 @@ def _read_round(place: Path, fresh: nn.Module) -> Round:
         ) from error
 
 
-def _round_places(directory: Path) -> list[Path]:
-    return [place for place in directory.glob("round-*") if place.is_dir() and place.name[6:].isdecimal()]
+def _round_places(directory: Path) -> dict[int, Path]:
+    found = ((place.name.removeprefix("round-"), place) for place in directory.glob("round-*") if place.is_dir())
+    return {int(number): place for number, place in found if number.isdecimal()}
 
 
 def _whole_rounds(directory: Path) -> Generator[Path]:
     """In order. Raises StoreError if one between is missing."""
-    whole = {int(place.name[6:]): place for place in _round_places(directory) if (place / _METRICS).exists()}
+    whole = {number: place for number, place in _round_places(directory).items() if (place / _METRICS).exists()}
     for expected, number in enumerate(sorted(whole), 1):
         if number != expected:
             raise StoreError(

@@ -7,7 +7,7 @@ import copy
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchtrim._errors import PlanError, StoreError, nearest
 from torchtrim._files import write_whole
@@ -62,7 +64,9 @@ def is_saved_model(path: str | Path) -> bool:
 
 def write_model(model: nn.Module, path: Path, facts: Mapping[str, Any]) -> None:
     """`save`, with facts about the model that JSON can say. Raises StoreError."""
-    named, past = _all_tensors(model), history(model)
+    named = _all_tensors(model)
+    _check_initialised(named, path)
+    past = history(model)
     if set(past.shapes) != set(named_tensors(model)):
         odd = sorted(set(past.shapes) ^ set(named_tensors(model)))
         raise StoreError(
@@ -128,7 +132,7 @@ class _Content:
     frozen: frozenset[str]
     evaluating: frozenset[str]
     facts: Mapping[str, Any]
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, file: Any, path: Path) -> "_Content":
@@ -188,11 +192,11 @@ class _Content:
             if len(found) != len(shape) or any(new > old for new, old in zip(found, shape, strict=True)):
                 raise ValueError(f"{name} has {_sizes(found)}, its ancestor {_sizes(shape)}")
         for name, strides in self.strides.items():
-            laid = sorted(zip(strides, self.shapes[name], strict=True))
-            if any(stride < 0 for stride in strides) or sum((size - 1) * stride for stride, size in laid) >= max(
-                1, torch.Size(self.shapes[name]).numel()
-            ):
-                raise ValueError(f"{name}: strides {strides} do not fit {_sizes(self.shapes[name])}")
+            steps = 1
+            for stride, size in sorted(zip(strides, self.shapes[name], strict=True)):
+                if stride < 0 or (size > 1 and stride != steps):
+                    raise ValueError(f"{name}: strides {strides} do not fit {_sizes(self.shapes[name])}")
+                steps *= size
 
 
 def _read(model: nn.Module, path: Path) -> tuple[nn.Module, _Content]:
@@ -235,13 +239,14 @@ class _Tensors:
 
 def _check(model: nn.Module, content: _Content, path: Path) -> None:
     """Raise one StoreError that says in all what the model is not the ancestor of the file."""
+    named = _all_tensors(model)
+    _check_initialised(named, path)
     kind, past = type(model).__name__, history(model)
     if past.plans != content.history.plans[: len(past.plans)]:
         raise StoreError(
             f"{path}: expected a new {kind}, found one that was trimmed {len(past.plans)} times itself, by plans that "
             "are not the file's; build the model anew"
         )
-    named = _all_tensors(model)
     first = _distinct(named)[1]
     faults = [f"{name}: in this model, not in the file" for name in named if name not in content.names]
     faults += [
@@ -315,14 +320,20 @@ def _distinct(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def _memory(tensor: Tensor) -> Any:
-    return (
-        memory_of(tensor) if tensor.layout == torch.strided and type(tensor) in (Tensor, nn.Parameter) else id(tensor)
-    )
+    return memory_of(tensor) if _unstorable(tensor) is None else id(tensor)
+
+
+def _check_initialised(named: Mapping[str, Tensor], path: Path) -> None:
+    lazy = [name for name, tensor in named.items() if is_lazy(tensor)]
+    if lazy:
+        raise StoreError(f"{path}: not initialised yet: {', '.join(lazy)}; call the model once before")
 
 
 def _unstorable(tensor: Tensor) -> str | None:
     if tensor.device.type == "meta":
         return "it is on the meta device, without values; fill the model first"
+    if is_traceable_wrapper_subclass(tensor):
+        return f"expected a plain tensor, found a {type(tensor).__name__}; gather it first"
     if tensor.layout != torch.strided or tensor.is_quantized:
         return f"expected a dense tensor, found {tensor.layout} of {tensor.dtype}"
     return None
