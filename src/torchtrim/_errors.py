@@ -27,6 +27,10 @@ class DataError(TorchtrimError):
     """A data set is missing, damaged, or of another form than its name says."""
 
 
+class ModelError(TorchtrimError):
+    """A model cannot be built as named, or its weights do not fit it."""
+
+
 class StoreError(TorchtrimError):
     """A file or run directory cannot be read or written, or belongs to another model."""
 

@@ -118,7 +118,7 @@ def train(
         wrapped, optimizer, loader = accelerator.prepare(model, _optimizer(parameters, training), loader)
         steps = round(training.epochs * len(loader)) or math.ceil(training.epochs)
         shifts = torch.Generator().manual_seed(seed + accelerator.process_index)
-        with _shown(progress, label, steps) as show:
+        with shown(progress, label, steps) as show:
             meter = _Meter(label, len(loader), show)
             endless = itertools.chain.from_iterable(itertools.repeat(loader))
             for step, (inputs, labels) in enumerate(itertools.islice(endless, steps)):
@@ -151,12 +151,19 @@ def evaluate(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     loader = batches(dataset, batch_size, workers=workers)
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    with torch.inference_mode(), _modes_kept(model), _shown(progress, label, len(loader)) as show:
+    with torch.inference_mode(), _modes_kept(model), shown(progress, label, len(loader)) as show:
         model.eval()
         for inputs, labels in loader:
             correct += (_logits(model(inputs.to(device))).argmax(1) == labels.to(device)).sum()
             show("")
     return 100 * int(correct) / examples
+
+
+def check_logits(model: nn.Module, example: Tensor) -> int:
+    """How many classes the model tells apart, called with `example`. Raises TorchtrimError: it returns no logits."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with torch.inference_mode(), _modes_kept(model):
+        return _logits(model.eval()(example.to(device))).shape[1]
 
 
 def training_progress(console: Console | None = None) -> Progress:
@@ -167,7 +174,7 @@ def training_progress(console: Console | None = None) -> Progress:
 
 
 @contextmanager
-def _shown(progress: Progress | None, label: str, batches: int) -> Generator[Callable[[str], None]]:
+def shown(progress: Progress | None, label: str, batches: int) -> Generator[Callable[[str], None]]:
     """How to show that one more batch is done, and a note on it; the line vanishes at the end."""
     progress = progress or Progress(disable=True)
     task = progress.add_task(label, total=batches)

@@ -1,0 +1,5 @@
+"""`python -m torchtrim` is `torchtrim`."""
+
+from torchtrim.cli import main
+
+main()

@@ -1,0 +1,288 @@
+"""The jobs behind the command line: measure a model, or trim it round by round into a run directory.
+
+What is sure to fail fails first: names, data, how they fit, the layers, and the directory are looked at before
+anything is trained.
+"""
+
+import os
+import shlex
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from torchtrim import criteria
+from torchtrim._cost import measure
+from torchtrim._data import batches
+from torchtrim._errors import ModelError, StoreError, TorchtrimWarning
+from torchtrim._files import write_whole
+from torchtrim._graph import trace
+from torchtrim._loop import Progressive, Round, Stop, iterate
+from torchtrim._picture import picture
+from torchtrim._profile import Profile, profile, unmeasured
+from torchtrim._report import Ancestor, RoundTable, advice, profile_table
+from torchtrim._run_directory import RunDirectory
+from torchtrim._select import Rule, check_layers
+from torchtrim._settings import Settings
+from torchtrim._source import Opened, Source, open_source
+from torchtrim._training import Training, evaluate, shown, train
+
+LATENCY_BATCH = 32  # inputs of the batch whose latency is measured
+_PICTURE, _PAGE = _REPORTS = ("report.png", "report.md")
+
+Say = Callable[[str], None]
+
+
+def silence(
+    source: Source, rule: Rule, criterion: str, reading: Training, progress: Progress, out: Path | None
+) -> Iterator[Any]:
+    """Measure a model over the calibration data, and keep the profile in the file `out`; yields what to print.
+
+    `reading` says how the data are read. Raises TorchtrimError, before any work if what is asked cannot be done.
+    """
+    criteria.resolve(criterion)
+    if out is not None:
+        _check_profile_file(out)
+    opened = open_source(source)
+    check_layers(unmeasured(opened.model, opened.graph), None)
+    if source.untrained:
+        warnings.warn(
+            f"{source.model} comes untrained, so that its silence says little; name its weights (--weights)",
+            TorchtrimWarning,
+            stacklevel=2,
+        )
+    loader = batches(opened.data.calibration, reading.batch_size, workers=reading.workers)
+    measured = profile(opened.model, _Watched(loader, progress, "measuring"))
+    yield profile_table(measured, rule, criterion)
+    yield "\n".join(advice(measured, rule, criterion))
+    if out is not None:
+        measured.save(out)
+        yield f"The profile is in {short(out)}."
+    yield f"Next: {_next_run(source, measured)}"
+
+
+def _check_profile_file(out: Path) -> None:
+    if out.exists():
+        Profile.load(out)  # anything else is not ours to replace
+    elif not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise StoreError(f"{out}: expected a place in a directory that exists and can be written; choose another --out")
+
+
+def _next_run(source: Source, measured: Profile) -> str:
+    words = ["torchtrim", "run", source.model, "--data", source.data]
+    words += ["--weights", source.weights] if source.weights else ["--train-epochs", "4"] * source.untrained
+    return shlex.join([*words, "--layers", ",".join(Progressive().choose(measured, ()))])
+
+
+def run(
+    settings: Settings, say: Say, progress: Progress, *, resume: bool = False, overwrite: bool = False
+) -> list[Round]:
+    """Trim a model round by round. `say` is given the table line by line, and at the end what was written where.
+
+    All is kept in the directory `settings.out`; with `resume`, an interrupted run goes on after its last whole round.
+    Raises TorchtrimError, before any work if what is asked cannot be done.
+    """
+    criteria.resolve(settings.criterion)
+    opened = open_source(settings.source)
+    if settings.training is None and settings.source.untrained:
+        raise ModelError(
+            f"{settings.source.model} comes untrained; name its weights (--weights) or have it trained (--train-epochs)"
+        )
+    layers = None if isinstance(settings.layers, Progressive) else settings.layers
+    check_layers(unmeasured(opened.model, opened.graph), layers)
+    with RunDirectory.open(
+        settings.out, settings.described(), asdict(settings.stop), resume=resume, overwrite=overwrite
+    ) as directory:
+        if not resume:
+            for name in _REPORTS:
+                (settings.out / name).unlink(missing_ok=True)  # of the run that was replaced
+        return _trim_all(settings, opened, directory, say, progress)
+
+
+def _trim_all(settings: Settings, opened: Opened, directory: RunDirectory, say: Say, progress: Progress) -> list[Round]:
+    say(_heading(settings, opened))
+    trimming = _Trimming(settings, opened, directory, progress)
+    table = trimming.table()
+    for text in (textwrap.fill(table.caption, 100), "", table.line(table.titles), table.line(table.first)):
+        say(text)
+    rounds: list[Round] = []
+    for done in trimming.rounds():
+        rounds.append(done)
+        say(table.line(table.cells(done)))
+    _write_report(settings, table, rounds, float(directory.facts["accuracy"]))
+    say(_closing(settings, rounds))
+    return rounds
+
+
+class _Trimming:
+    """One run: its ancestor and its rounds, those that an earlier run left included."""
+
+    def __init__(self, settings: Settings, opened: Opened, directory: RunDirectory, progress: Progress) -> None:
+        self._settings = settings
+        self._opened = opened
+        self._directory = directory
+        self._progress = progress
+        self._number = 1  # of the round in progress
+        self._example = torch.zeros(LATENCY_BATCH, *opened.data.shape)
+        self._ancestor = self._kept_ancestor()
+
+    def table(self) -> RoundTable:
+        ancestor, facts, layers = self._ancestor, self._directory.facts, self._settings.layers
+        widths = unmeasured(ancestor, trace(ancestor, self._example)).widths
+        cost = measure(ancestor, self._example)
+        patterns = layers if isinstance(layers, tuple) else ()
+        return RoundTable(
+            Ancestor(widths, cost, float(facts["accuracy"]), float(facts["seconds"])),
+            [name for name in widths if any(fnmatchcase(name, pattern) for pattern in patterns)],
+            batch=LATENCY_BATCH,
+            device=self._opened.device.type,
+        )
+
+    def rounds(self) -> Iterator[Round]:
+        settings, data = self._settings, self._opened.data
+        done = self._directory.rounds(self._opened.fresh())
+        for one in done:
+            one.model.to(self._opened.device)
+            yield one
+        self._number += len(done)
+        reading = settings.retraining
+        loader = batches(data.calibration, reading.batch_size, workers=reading.workers)
+        new = iterate(
+            self._ancestor,
+            self._example,
+            _Watched(loader, self._progress, "measuring"),
+            retrain=self._retrain,
+            evaluate=lambda model: self._evaluate(model, data.calibration),
+            test=lambda model: self._evaluate(model, data.test),
+            rule=settings.rule,
+            stop=settings.stop,
+            layers=settings.layers,
+            criterion=settings.criterion,
+            seed=settings.source.seed,
+            done=done,
+        )
+        for one in self._directory.record(new):
+            yield one
+            self._number += 1
+
+    def _kept_ancestor(self) -> nn.Module:
+        """The ancestor that an earlier run left, or a new one."""
+        kept = self._directory.ancestor(self._opened.fresh())
+        if kept is not None:
+            return kept.to(self._opened.device)
+        model, data, training = self._opened.model, self._opened.data, self._settings.training
+        begun = time.perf_counter()
+        if training is not None:
+            train(model, data.train, training, progress=self._progress, label="training the ancestor")
+        label = "testing the ancestor"
+        accuracy = evaluate(model, data.test, **self._reading(), progress=self._progress, label=label)
+        self._directory.keep_ancestor(model, {"accuracy": accuracy, "seconds": time.perf_counter() - begun})
+        return model
+
+    def _retrain(self, model: nn.Module) -> None:
+        seed = torch.initial_seed()  # the loop's, for this round
+        label = f"round {self._number}: retraining"
+        train(
+            model, self._opened.data.train, self._settings.retraining, seed=seed, progress=self._progress, label=label
+        )
+
+    def _evaluate(self, model: nn.Module, dataset: Dataset[Any]) -> float:
+        label = f"round {self._number}: testing"
+        return evaluate(model, dataset, **self._reading(), progress=self._progress, label=label)
+
+    def _reading(self) -> dict[str, int]:
+        training = self._settings.retraining
+        return {"batch_size": training.batch_size, "workers": training.workers}
+
+
+class _Watched(Iterable[Any]):
+    """A loader whose reading is shown; it can be read once a round."""
+
+    def __init__(self, loader: DataLoader[Any], progress: Progress, label: str) -> None:
+        self._loader = loader
+        self._progress = progress
+        self._label = label
+
+    def __iter__(self) -> Iterator[Any]:
+        with shown(self._progress, self._label, len(self._loader)) as show:
+            for batch in self._loader:
+                yield batch
+                show("")
+
+
+# What is said and written -------------------------------------------------------------------------------
+
+
+def short(path: Path) -> str:
+    """The path as seen from the working directory, where it lies within."""
+    absolute, here = path.absolute(), Path.cwd()
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else path)
+
+
+def _heading(settings: Settings, opened: Opened) -> str:
+    data, layers = opened.data, settings.layers
+    sizes = [len(part) for part in (data.train, data.calibration, data.test)]  # pyright: ignore[reportArgumentType]
+    if isinstance(layers, Progressive):
+        named = f"the {layers.start} most silent layers, then their neighbours,"
+    else:
+        named = ", ".join(layers or ["every layer that can be trimmed"])
+    return (
+        f"{settings.source.model} on {settings.source.data}: {sizes[0]:,} examples to train, {sizes[1]:,} to decide on, "
+        f"{sizes[2]:,} to test\n"
+        f"trims {named} by {settings.criterion}, {settings.rule}\n"
+    )
+
+
+def _write_report(settings: Settings, table: RoundTable, rounds: Sequence[Round], accuracy: float) -> None:
+    """`report.md`, and `report.png` where it can be drawn."""
+    title = f"{settings.source.model} on {settings.source.data}"
+    drawn = picture(rounds, accuracy, rule=settings.rule, criterion=settings.criterion, title=title)
+    parts = [f"# {title}", f"Trimmed by {settings.criterion}, {settings.rule}.", table.markdown(rounds)]
+    if drawn is not None:
+        write_whole(settings.out / _PICTURE, drawn)
+        parts.append(f"![APoZ by layer and round; accuracy against compression]({_PICTURE})")
+    write_whole(settings.out / _PAGE, "\n\n".join(parts) + "\n")
+
+
+def best(rounds: Sequence[Round], stop: Stop) -> Round | None:
+    """The last round that keeps the smallest accuracy."""
+    kept = [done for done in rounds if stop.accuracy is None or done.accuracy.retrained >= stop.accuracy]
+    return kept[-1] if kept else None
+
+
+def _closing(settings: Settings, rounds: Sequence[Round]) -> str:
+    lines = [""]
+    if not rounds or not settings.stop.reached(rounds[-1]):
+        lines.append("The rule removes nothing more; a lower limit or other layers would.")
+    chosen = best(rounds, settings.stop)
+    if rounds and chosen is not rounds[-1]:
+        lines.append(f"Round {rounds[-1].number} fell below the smallest accuracy, {settings.stop.accuracy} %.")
+    out = short(settings.out)
+    lines += [
+        f"Written to {out}:",
+        *(["  report.png       the neurons' silence by round, accuracy against compression"] * _drawn(settings)),
+        "  report.md        this table",
+        "  metrics.json     all figures",
+        "  round-NN/        plan, profile and model of each round",
+    ]
+    if chosen is not None:
+        model = Path(out) / f"round-{chosen.number:02d}" / "model.safetensors"
+        lines += [
+            "Next:",
+            f'  model = torchtrim.load(YourModel(), "{model}")',
+            f"  torchtrim profile {settings.source.model} --data {settings.source.data} --weights {model}",
+        ]
+    return "\n".join(lines)
+
+
+def _drawn(settings: Settings) -> bool:
+    return (settings.out / _PICTURE).is_file()

@@ -1,0 +1,228 @@
+"""Rounds and profiles as tables: text that grows line by line, rich tables, Markdown.
+
+Everything here returns what is to be shown; printing is the caller's.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from torchtrim import criteria
+from torchtrim._cost import Cost
+from torchtrim._errors import PlanError
+from torchtrim._loop import Progressive, Round
+from torchtrim._plan import LayerPlan
+from torchtrim._profile import Profile
+from torchtrim._select import Rule, select
+from torchtrim.criteria import Criterion, LayerProfile
+
+_ALL_WIDTHS = 6  # a model of at most so many layers is written as the widths of all of them, as 20-50-500-10
+_TRIMMED_WIDTHS = 4  # a larger one as those of the layers that are trimmed, if they are at most so many
+_SILENT = 0.9  # the paper counts the neurons whose APoZ is above
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """The model before the first round. accuracy: in per cent. seconds: what making it took."""
+
+    widths: Mapping[str, int]
+    cost: Cost
+    accuracy: float
+    seconds: float
+
+
+class RoundTable:
+    """The paper's table of an ancestor and its rounds; its lines can be printed while the rounds go on.
+
+    layers: those that are trimmed, if they are known. batch: how many inputs the costs are of. tested: whether the
+    accuracy is that of test data. device: where latency was measured. Hu et al., "Network Trimming", 2016, table 3.
+    """
+
+    def __init__(
+        self,
+        ancestor: Ancestor,
+        layers: Sequence[str] | None,
+        *,
+        batch: int,
+        tested: bool = True,
+        device: str = "cpu",
+    ) -> None:
+        self._batch = batch
+        self._layers = _shown_layers(ancestor.widths, layers)
+        self.titles = (
+            "round",
+            "-".join(self._layers) or "neurons",
+            "parameters",
+            "compression",
+            "test accuracy (%)" if tested else "accuracy (%)",
+            "FLOPs",
+            "latency",
+            "speed-up",
+            "time",
+        )
+        cost = ancestor.cost
+        self.first = self._cells(0, ancestor.widths, cost, cost, f"{ancestor.accuracy:.2f}", ancestor.seconds)
+        self.caption = (
+            "Round 0 is the ancestor. Accuracy: right after trimming → after retraining. FLOPs: of one input, a "
+            f"multiplication with its addition as two. Latency: of a batch of {batch} inputs on the {device.upper()}, "
+            "ancestor and trimmed model timed in turns."
+        )
+        least = ("", "", "", "100.00×", "99.99 → 100.00", "999.99 M", "9999.99 ms", "10.00×", "9999.9 s")
+        self._sizes = [max(map(len, column)) for column in zip(self.titles, self.first, least, strict=True)]
+
+    def cells(self, done: Round) -> tuple[str, ...]:
+        """What the table says of a round, a text for each of `titles`."""
+        accuracy = done.test or done.accuracy
+        both = f"{accuracy.trimmed:.2f} → {accuracy.retrained:.2f}"
+        return self._cells(done.number, done.widths, done.cost, done.ancestor, both, sum(done.seconds.values()))
+
+    def line(self, cells: Sequence[str]) -> str:
+        """Some cells as an aligned line of text; begin with `line(table.titles)` and `line(table.first)`."""
+        aligned = [
+            cell.ljust(size) if place == 1 else cell.rjust(size)
+            for place, (cell, size) in enumerate(zip(cells, self._sizes, strict=True))
+        ]
+        return "  ".join(aligned).rstrip()
+
+    def markdown(self, rounds: Iterable[Round]) -> str:
+        """The whole table as Markdown, its caption below."""
+        rows = [self.titles, tuple("---" if place == 1 else "--:" for place in range(len(self.titles))), self.first]
+        rows += [self.cells(done) for done in rounds]
+        return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", self.caption])
+
+    def _cells(
+        self, number: int, widths: Mapping[str, int], cost: Cost, ancestor: Cost, accuracy: str, seconds: float
+    ) -> tuple[str, ...]:
+        shown = [str(widths[name]) for name in self._layers]
+        return (
+            str(number),
+            "-".join(shown) or f"{sum(widths.values()):,}",
+            f"{cost.parameters:,}",
+            f"{ancestor.parameters / cost.parameters:.2f}×",
+            accuracy,
+            _short(cost.flops / self._batch),
+            f"{1e3 * cost.latency:.2f} ms",
+            f"{ancestor.latency / cost.latency:.2f}×",
+            f"{seconds:.1f} s",
+        )
+
+
+def round_table(table: RoundTable, rounds: Iterable[Round]) -> Table:
+    """The whole table for a terminal."""
+    shown = Table(caption=table.caption, caption_justify="left", caption_style="dim", header_style="bold")
+    for place, title in enumerate(table.titles):
+        shown.add_column(title, justify="left" if place == 1 else "right", no_wrap=True)
+    for cells in (table.first, *map(table.cells, rounds)):
+        shown.add_row(*cells)
+    return shown
+
+
+def _shown_layers(widths: Mapping[str, int], layers: Sequence[str] | None) -> tuple[str, ...]:
+    """The layers whose widths stand for the model; none when they would be too many."""
+    if len(widths) <= _ALL_WIDTHS:
+        return tuple(widths)
+    trimmed = tuple(name for name in widths if layers is not None and name in layers)
+    return trimmed if len(trimmed) <= _TRIMMED_WIDTHS else ()
+
+
+def _short(count: float) -> str:
+    """4,586,000 as "4.59 M"."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f}"
+
+
+# A profile ----------------------------------------------------------------------------------------------
+
+
+def profile_table(measured: Profile, rule: Rule, criterion: Criterion | str = criteria.apoz) -> Table:
+    """What was measured, layer by layer as in the paper's table 1, and what the rule would remove."""
+    plans, reason = _plans(measured, rule, criterion)
+    shown = Table(
+        title=f"APoZ over {measured.examples:,} examples",
+        caption=f"APoZ: share of a neuron's activations that are zero. Removed: by the rule {rule}.{reason}",
+        title_justify="left",
+        caption_justify="left",
+        caption_style="dim",
+        header_style="bold",
+        show_footer=True,
+    )
+    silent = sum(_above(layer) for layer in measured.values())
+    dead = sum(_always_zero(layer) for layer in measured.values())
+    removed = sum(len(plan.removed) for plan in plans.values())
+    neurons = sum(measured.widths.values())
+    shown.add_column("layer", footer="total", no_wrap=True)
+    for title, total in (
+        ("neurons", f"{neurons:,}"),
+        ("mean APoZ (%)", ""),
+        (f"above {_SILENT:.0%}", f"{silent:,}"),
+        ("always zero", f"{dead:,}"),
+        ("removed", f"{removed:,}"),
+    ):
+        shown.add_column(title, footer=total, justify="right")
+    locked = any(layer.locked for layer in measured.values())
+    if locked:
+        shown.add_column("cannot be trimmed: why", style="dim", overflow="fold")
+    for name, layer in measured.items():
+        cells = _profile_cells(layer, plans.get(name))
+        shown.add_row(Text(name), *cells, *([Text(layer.locked or "")] if locked else []))
+    return shown
+
+
+def advice(measured: Profile, rule: Rule, criterion: Criterion | str = criteria.apoz) -> list[str]:
+    """Sentences on where to begin, as the paper does: the layers of highest mean APoZ, then their neighbours."""
+    plans, _ = _plans(measured, rule, criterion)
+    order = Progressive()
+    first = order.choose(measured, ())
+    if not first:
+        return ["There is nothing to trim: every layer is locked, or no activation was observed."]
+    sentences = [f"Trim first, as their mean APoZ is highest: {', '.join(first)}."]
+    for name in first:
+        plan = plans.get(name, LayerPlan(measured[name].width))
+        sentences.append(
+            f"  {name}: mean APoZ {_mean(measured[name])} %; the rule {rule} removes {len(plan.removed):,} of "
+            f"{plan.width:,} neurons a round."
+        )
+    neighbours = [name for name in order.choose(measured, first) if name not in first]
+    if neighbours:
+        sentences.append(f"Then, together with them, their neighbours: {', '.join(neighbours)}.")
+    if not any(name in plans and plans[name].removed for name in first):
+        sentences.append("The rule removes nothing there; choose a lower limit.")
+    return sentences
+
+
+def _plans(measured: Profile, rule: Rule, criterion: Criterion | str) -> tuple[Mapping[str, LayerPlan], str]:
+    """What the rule would remove from each layer, or why it cannot choose."""
+    try:
+        return select(measured, rule=rule, criterion=criterion).layers, ""
+    except PlanError as error:
+        if any(layer.locked is None for layer in measured.values()):
+            raise
+        return {}, " " + str(error).partition(":")[0].capitalize() + "."
+
+
+def _profile_cells(layer: LayerProfile, plan: LayerPlan | None) -> tuple[str, ...]:
+    seen = bool(layer.positions.any())
+    return (
+        f"{layer.width:,}",
+        _mean(layer),
+        f"{_above(layer):,}" if seen else "–",
+        f"{_always_zero(layer):,}" if seen else "–",
+        f"{len(plan.removed):,}" if plan else "–",
+    )
+
+
+def _mean(layer: LayerProfile) -> str:
+    return f"{100 * np.nanmean(layer.apoz):.2f}" if layer.positions.any() else "–"
+
+
+def _above(layer: LayerProfile) -> int:
+    return int((layer.apoz > _SILENT).sum())
+
+
+def _always_zero(layer: LayerProfile) -> int:
+    return int(((layer.positions > 0) & (layer.zeros == layer.positions)).sum())

@@ -1,0 +1,105 @@
+"""What a run is asked to do, and how the words of a command line become that."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torchtrim._errors import TorchtrimError
+from torchtrim._loop import Progressive, Stop
+from torchtrim._select import MeanPlusStd, Rule
+from torchtrim._source import Source
+from torchtrim._training import Training
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is to do. `training` makes the ancestor; None takes the model as it comes."""
+
+    source: Source
+    out: Path
+    stop: Stop
+    retraining: Training
+    training: Training | None = None
+    layers: tuple[str, ...] | Progressive | None = None
+    rule: Rule = field(default_factory=MeanPlusStd)
+    criterion: str = "apoz"
+
+    def described(self) -> dict[str, Any]:
+        """What decides the result, as JSON can hold it; not where, nor on what device, nor when it stops."""
+        layers = self.layers
+        return {
+            **{key: value for key, value in vars(self.source).items() if key != "device"},
+            "layers": f"progressive:{layers.start}" if isinstance(layers, Progressive) else layers and list(layers),
+            "rule": str(self.rule),
+            "criterion": self.criterion,
+            "training": self.training and _described(self.training),
+            "retraining": _described(self.retraining),
+        }
+
+
+def _described(training: Training) -> dict[str, Any]:
+    return {key: value for key, value in vars(training).items() if key != "workers"}
+
+
+def usual_training(data: str) -> Training:
+    """What suits the data unless it is asked otherwise: `Training()`, or fine-tuning for folders of images.
+
+    Those are mostly for networks that were trained on ImageNet, which want small steps: SGD with a learning rate of
+    0.001, momentum 0.9 and weight decay 0.0005 (Simonyan and Zisserman, 2014), on images cropped and mirrored at
+    random.
+    """
+    if not data.startswith("imagefolder:"):
+        return Training()
+    return Training(
+        optimizer="sgd", lr=1e-3, weight_decay=5e-4, schedule="cosine", batch_size=32, label_smoothing=0.0, shift=0
+    )
+
+
+def training_for(data: str, **asked: Any) -> Training:
+    """The usual training for the data, changed where something is asked. Raises TorchtrimError: it is not possible."""
+    changes = {name: value for name, value in asked.items() if value is not None}
+    return replace(usual_training(data), **changes)
+
+
+def stop_at(rounds: int | None, compression: float | None, accuracy: float | None) -> Stop:
+    """The stop that is asked for; four rounds, as in the paper, if none is."""
+    nothing = rounds is compression is accuracy is None
+    return Stop(rounds=4 if nothing else rounds, compression=compression, accuracy=accuracy)
+
+
+def layers_named(names: Sequence[str], progressive: int | None) -> tuple[str, ...] | Progressive | None:
+    """The layers that are asked for, given one by one or with commas; None is all. Raises TorchtrimError: both."""
+    single = tuple(name.strip() for text in names for name in text.split(",") if name.strip())
+    if single and progressive is not None:
+        raise TorchtrimError("expected either layers or a number of progressive ones, found both")
+    return Progressive(progressive) if progressive is not None else single or None
+
+
+def usual_directory(model: str, data: str) -> Path:
+    """`runs/MODEL-DATA`, such as `runs/vgg16-flowers`."""
+    words = [re.sub(r"[^\w.-]+", "-", Path(name.rpartition(":")[2]).name) for name in (model, data)]
+    return Path("runs") / "-".join(words)
+
+
+def demo_settings(out: Path, *, fast: bool, seed: int, device: str) -> Settings:
+    """LeNet on MNIST, conv2 and fc1 trimmed: Hu et al., "Network Trimming", 2016, table 3."""
+    return Settings(
+        source=Source("lenet", "mnist", device=device, seed=seed),
+        out=out,
+        stop=Stop(rounds=2 if fast else 4),
+        training=Training(epochs=1 if fast else 4, seed=seed),
+        retraining=Training(epochs=0.25 if fast else 1, seed=seed),
+        layers=("conv2", "fc1"),
+    )
+
+
+def is_demo(out: Path) -> bool:
+    """Whether the directory holds a run of the demo."""
+    try:
+        asked = json.loads((out / "run.json").read_text(encoding="utf-8"))["settings"]
+        return (asked["model"], asked["data"], asked["layers"]) == ("lenet", "mnist", ["conv2", "fc1"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False

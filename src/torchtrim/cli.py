@@ -1,0 +1,291 @@
+"""The command line: parses, calls, and prints. What is done is in `_job.py`.
+
+PyTorch takes a second to import, so that what needs it is imported inside the commands.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from importlib.metadata import version
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from torchtrim._errors import TorchtrimError, TorchtrimWarning
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+app = typer.Typer(
+    help="Make trained neural networks smaller and faster by removing the neurons that stay silent.",
+    epilog="Begin with: torchtrim demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+_TRIM, _TRAIN, _RUN, _DATA = "What goes, and when to stop", "Training", "The run", "Model and data"
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="lenet, torchvision:NAME, timm:NAME, or FILE.py:FUNCTION.")
+]
+DataName = Annotated[
+    str, typer.Option("--data", metavar="DATA", help="mnist, idx:DIR or imagefolder:DIR.", rich_help_panel=_DATA)
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="A state_dict (.pt, .safetensors), a model that torchtrim wrote, or DEFAULT for the library's own.",
+        rich_help_panel=_DATA,
+    ),
+]
+Calibration = Annotated[
+    int | None,
+    typer.Option(
+        "--calibration",
+        "--examples",
+        metavar="N",
+        help="Examples held out of training, to measure and decide on. Without: every tenth, at most 5,000.",
+        rich_help_panel=_DATA,
+    ),
+]
+Resize = Annotated[int, typer.Option(help="Image folders: the shorter side, in pixels.", rich_help_panel=_DATA)]
+Crop = Annotated[int, typer.Option(help="Image folders: the square that is seen, in pixels.", rich_help_panel=_DATA)]
+RuleText = Annotated[
+    str,
+    typer.Option("--rule", help="Which neurons go: mean+1std, threshold:0.9, fraction:0.3.", rich_help_panel=_TRIM),
+]
+Criterion = Annotated[
+    str,
+    typer.Option(
+        help="Their score: apoz, mean_activation, l1_norm, l2_norm, contribution, random:SEED.", rich_help_panel=_TRIM
+    ),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Examples a step. Without: 128, image folders 32.", rich_help_panel=_TRAIN)
+]
+Workers = Annotated[int, typer.Option(help="Processes that read images.", rich_help_panel=_TRAIN)]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.", rich_help_panel=_RUN)]
+Seed = Annotated[int, typer.Option(help="Decides all that is drawn at random.", rich_help_panel=_RUN)]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on after the last whole round of an interrupted run.", rich_help_panel=_RUN),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"torchtrim {version('torchtrim')}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Train less, and trim two rounds.", rich_help_panel=_RUN)
+    ] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Annotated[
+        Path, typer.Option(help="The run directory; an earlier demo there is replaced.", rich_help_panel=_RUN)
+    ] = Path("runs/lenet-mnist"),
+    resume: Resume = False,
+) -> None:
+    """Train LeNet on MNIST and trim its layers conv2 and fc1 four times, as the paper does: a minute or two."""
+    with _reported(resumable=True):
+        from torchtrim import _job, _settings
+
+        settings = _settings.demo_settings(out, fast=fast, seed=seed, device=device)
+        say, progress = _display()
+        with progress:
+            _job.run(settings, say, progress, resume=resume, overwrite=not resume and _settings.is_demo(out))
+
+
+@app.command()
+def run(
+    model: ModelName,
+    data: DataName,
+    weights: Weights = None,
+    calibration: Calibration = None,
+    resize: Resize = 256,
+    crop: Crop = 224,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help='Layers to trim: names or patterns such as "features.*", repeated or with commas. Without: all.',
+            rich_help_panel=_TRIM,
+        ),
+    ] = None,
+    progressive: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Trim the N most silent layers first, then their neighbours too.", rich_help_panel=_TRIM
+        ),
+    ] = None,
+    rule: RuleText = "mean+1std",
+    criterion: Criterion = "apoz",
+    rounds: Annotated[
+        int | None, typer.Option(help="Stop after so many. Without any limit: 4.", rich_help_panel=_TRIM)
+    ] = None,
+    compression: Annotated[
+        float | None, typer.Option(help="Stop when the parameters are so many times fewer.", rich_help_panel=_TRIM)
+    ] = None,
+    smallest_accuracy: Annotated[
+        float | None,
+        typer.Option(help="Stop below this accuracy on the calibration data, in %.", rich_help_panel=_TRIM),
+    ] = None,
+    train_epochs: Annotated[
+        float, typer.Option(help="Train the model for so long before it is trimmed.", rich_help_panel=_TRAIN)
+    ] = 0,
+    retrain_epochs: Annotated[
+        float, typer.Option(help="Retrain for so long in every round; may be a fraction.", rich_help_panel=_TRAIN)
+    ] = 1,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw or sgd. Without: adamw, image folders sgd.", rich_help_panel=_TRAIN)
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Highest learning rate. Without: 0.005, image folders 0.001.", rich_help_panel=_TRAIN),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="onecycle or cosine. Without: onecycle, image folders cosine.", rich_help_panel=_TRAIN),
+    ] = None,
+    batch_size: BatchSize = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Without: 0.05, image folders 0.0005.", rich_help_panel=_TRAIN)
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="Without: 0.05, image folders 0.", rich_help_panel=_TRAIN)
+    ] = None,
+    shift: Annotated[
+        int | None,
+        typer.Option(help="Move images by up to so many pixels. Without: 2, image folders 0.", rich_help_panel=_TRAIN),
+    ] = None,
+    workers: Workers = 0,
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The run directory. Without: runs/MODEL-DATA.", rich_help_panel=_RUN)
+    ] = None,
+    resume: Resume = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in the directory.", rich_help_panel=_RUN)
+    ] = False,
+) -> None:
+    """Trim a model round by round: measure, remove the silent neurons, retrain, and again."""
+    with _reported(resumable=True):
+        from torchtrim import _job, _settings
+        from torchtrim._select import parse_rule
+        from torchtrim._source import Source
+
+        optimisation: dict[str, Any] = {
+            "optimizer": optimizer,
+            "lr": lr,
+            "schedule": schedule,
+            "batch_size": batch_size,
+            "weight_decay": weight_decay,
+            "label_smoothing": label_smoothing,
+            "shift": shift,
+            "workers": workers,
+            "seed": seed,
+        }
+        settings = _settings.Settings(
+            source=Source(model, data, weights, calibration, resize, crop, device, seed),
+            out=out or _settings.usual_directory(model, data),
+            stop=_settings.stop_at(rounds, compression, smallest_accuracy),
+            retraining=_settings.training_for(data, epochs=retrain_epochs, **optimisation),
+            training=_settings.training_for(data, epochs=train_epochs, **optimisation) if train_epochs else None,
+            layers=_settings.layers_named(layers or (), progressive),
+            rule=parse_rule(rule),
+            criterion=criterion,
+        )
+        say, progress = _display()
+        with progress:
+            _job.run(settings, say, progress, resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def profile(
+    model: ModelName,
+    data: DataName,
+    weights: Weights = None,
+    calibration: Calibration = None,
+    resize: Resize = 256,
+    crop: Crop = 224,
+    rule: RuleText = "mean+1std",
+    criterion: Criterion = "apoz",
+    batch_size: BatchSize = None,
+    workers: Workers = 0,
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the profile there (.safetensors).", rich_help_panel=_RUN)
+    ] = None,
+) -> None:
+    """Measure how often every neuron is silent, and say where to begin trimming."""
+    with _reported():
+        from torchtrim import _job, _settings
+        from torchtrim._select import parse_rule
+        from torchtrim._source import Source
+
+        source = Source(model, data, weights, calibration, resize, crop, device, seed)
+        reading = _settings.training_for(data, batch_size=batch_size, workers=workers)
+        say, progress = _display()
+        with progress:
+            for part in _job.silence(source, parse_rule(rule), criterion, reading, progress, out):
+                say(part)
+
+
+def main() -> None:
+    """Run the command line; the entry point of `torchtrim`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # × and → on a terminal that knows no Unicode
+    app(prog_name="torchtrim")
+
+
+def _display() -> tuple[Callable[[Any], None], "Progress"]:
+    """How to print to standard output, and a progress display that does not get in its way."""
+    from torchtrim._training import training_progress
+
+    terminal = sys.stdout.isatty()
+    output = Console(file=sys.stdout, width=None if terminal else 200, highlight=False)
+
+    def say(part: Any) -> None:
+        output.print(part, markup=False, soft_wrap=isinstance(part, str))
+
+    return say, training_progress(output if terminal else None)
+
+
+@contextmanager
+def _reported(*, resumable: bool = False) -> Generator[None]:
+    """Errors and warnings of this library in a line each, without a traceback."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, TorchtrimWarning):
+            typer.echo(f"warning: {message}", err=True)
+        else:
+            usual(message, category, *place)
+
+    with warnings.catch_warnings():
+        usual, warnings.showwarning = warnings.showwarning, show
+        try:
+            yield
+        except TorchtrimError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            hint = "; the same command with --resume goes on after the last whole round" if resumable else ""
+            typer.echo(f"interrupted{hint}", err=True)
+            raise typer.Exit(130) from error
