@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lint types clean
+.PHONY: demo test slow paper lint types clean
 
 demo: .venv/installed
 	$(BIN)/python examples/train_lenet.py
@@ -12,6 +12,12 @@ test: .venv/installed
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# The experiments of docs/results: half an hour on two cores.
+paper: .venv/installed
+	for name in iterative one_shot from_scratch all_at_once vgg16 connections; do \
+		$(BIN)/python -m benchmarks.paper.$$name || exit 1; \
+	done
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The sizes in the paper's tables follow from our surgery. Hu et al., "Network Trimming", 2016, tables 2 and 3."""
+"""The sizes in the paper's tables follow from our surgery. Hu et al., "Network Trimming", 2016: the tables of LeNet and VGG-16."""
 
 import pytest
 import torch

@@ -85,7 +85,7 @@ def usual_directory(model: str, data: str) -> Path:
 
 
 def demo_settings(out: Path, *, fast: bool, seed: int, device: str) -> Settings:
-    """LeNet on MNIST, conv2 and fc1 trimmed: Hu et al., "Network Trimming", 2016, table 3."""
+    """LeNet on MNIST, conv2 and fc1 trimmed: Hu et al., "Network Trimming", 2016, its table of LeNet."""
     return Settings(
         source=Source("lenet", "mnist", device=device, seed=seed),
         out=out,
