@@ -23,7 +23,7 @@ EXAMPLE = torch.randn(2, 1, 28, 28)
 
 def trimmed(model: nn.Module, graph: NeuronGraph, kept: Kept, **replaced: Tensor) -> nn.Module:
     small = rebuild(model, cut(graph, named_tensors(model), kept) | replaced)
-    set_attributes(model, small, graph.axes, kept)
+    set_attributes(model, small, graph, kept)
     return small
 
 

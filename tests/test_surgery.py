@@ -37,6 +37,15 @@ MODELS = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads that wait for each other on a busy machine take far longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def built(name: str) -> nn.Module:
     options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     torch.manual_seed(0)
@@ -63,14 +72,8 @@ def test_shufflenet_keeps_its_pieces_in_proportion() -> None:
     """
     model = built("shufflenet_v2_x0_5")
     graph = torchtrim.trace(model, images(2, 64))
-    assert graph.locked.pop("fc") == OUTPUT
-    together = {
-        "stage4.0.branch1.0",
-        "stage3.0.branch1.2",
-        "stage3.0.branch2.5",
-        *(f"stage3.{block}.branch2.5" for block in range(1, 8)),
-    }
-    assert graph.locked.keys() == together | {"fc"}
+    stream = {"fc", "stage3.0.branch1.2", "stage4.0.branch1.0", *(f"stage3.{block}.branch2.5" for block in range(8))}
+    assert graph.locked.keys() == stream
     assert_trim_equals_mask(model, random_plan(graph), images(2, 64), images(1, 96))
 
 

@@ -658,6 +658,89 @@ def _(net, x):
     return net.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class Heads(nn.Module):
+    """Attention that keeps the number of its heads in attributes; `real` makes its code look at the data."""
+
+    def __init__(self, key_heads: int, real: bool) -> None:
+        super().__init__()
+        self.num_heads, self.key_heads, self.head_dim, self.attn_dim, self.real = 4, key_heads, 3, 12, real
+        self.q, self.k, self.v = nn.Linear(6, 12), nn.Linear(6, key_heads * 3), nn.Linear(6, key_heads * 3)
+
+    def forward(self, x):
+        n, length, _ = x.shape
+        if self.real and x.isnan().any():
+            raise ValueError("not a number")
+        q = self.q(x).reshape(n, length, self.num_heads, self.head_dim).transpose(1, 2)
+        k = self.k(x).reshape(n, length, self.key_heads, self.head_dim).transpose(1, 2)
+        v = self.v(x).reshape(n, length, self.key_heads, self.head_dim).transpose(1, 2)
+        grouped = self.key_heads < self.num_heads
+        x = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+        return x.transpose(1, 2).reshape(n, length, self.attn_dim)
+
+
+HEADS = "attention.q attention.k attention.v"
+
+
+@toy("attention heads", SEQUENCES, HEADS, attention=lambda: Heads(4, False), out=linear(12, 3))
+def _(net, x):
+    return net.out(net.attention(x))
+
+
+@toy("attention heads, fused", SEQUENCES, HEADS, attention=lambda: Heads(4, True), out=linear(12, 3))
+def _(net, x):
+    return net.out(net.attention(x))
+
+
+@toy("attention heads that share keys and values", SEQUENCES, HEADS, attention=lambda: Heads(2, False),
+     out=linear(12, 3))  # fmt: skip
+def _(net, x):
+    return net.out(net.attention(x))
+
+
+@toy("attention heads that share keys and values, fused", SEQUENCES, HEADS, attention=lambda: Heads(2, True),
+     out=linear(12, 3))  # fmt: skip
+def _(net, x):
+    return net.out(net.attention(x))
+
+
+class Joined(nn.Module):
+    """Queries, keys and values of one layer, as vision transformers have them; as many heads as there are parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim = 3, 4, 12
+        self.qkv = nn.Linear(6, 36)
+
+    def forward(self, x):
+        n, length, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        x = ((q * self.head_dim**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+        return x.transpose(1, 2).reshape(n, length, self.attn_dim)
+
+
+@toy("attention heads of one layer", SEQUENCES, "attention.qkv", attention=Joined, out=linear(12, 3))
+def _(net, x):
+    return net.out(net.attention(x))
+
+
+class Pieces(nn.Module):
+    """Code that cuts by an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.batches = 8, 8
+        self.a = nn.Linear(6, 16)
+
+    def forward(self, x):
+        left, right = self.a(x).split(self.width, 1)
+        return left * right.sigmoid()
+
+
+@toy("pieces of a size that an attribute holds", VECTORS, "pieces.a", pieces=Pieces, out=linear(8, 3))
+def _(net, x):
+    return net.out(net.pieces(x))
+
+
 @toy("attention whose scale the code holds", SEQUENCES, "q k v", q=linear(6, 8), k=linear(6, 8), v=linear(6, 8),
      out=linear(8, 3))  # fmt: skip
 def _(net, x):

@@ -17,7 +17,7 @@ from torchtrim._flow import Flow, RunError, named_tensors, rebuild, run
 from torchtrim._labels import Atoms, Labels, Ledger
 from torchtrim._neurons import Kept, Layer, NeuronGraph, cut, memory_of
 from torchtrim._proof import Failure, numbered, on_device, prove
-from torchtrim._surgery_attributes import set_attributes
+from torchtrim._surgery_attributes import descriptions, set_attributes
 
 __all__ = ["Layer", "NeuronGraph", "trace", "trial"]
 
@@ -43,7 +43,8 @@ def trace(model: nn.Module, example: Any) -> NeuronGraph:
             pinned.setdefault(int(roots[0]), "all its neurons must go together")
     recordings = tuple((training, tuple(one.steps)) for training, one in flows)
     owners = _owners(axes, [atoms for _, one in flows for atoms in one.produced])
-    graph = NeuronGraph({}, rooted, device, recordings, tuple(flow.sites), root, example)
+    described = tuple(descriptions(model, ledger, root))
+    graph = NeuronGraph({}, rooted, device, recordings, tuple(flow.sites), root, example, described)
     graph = replace(graph, layers=_layers(owners, rooted, pinned))
     while (failure := _try(model, graph)) is not None:
         blamed, reason = failure
@@ -179,7 +180,7 @@ def _try(model: nn.Module, graph: NeuronGraph) -> Failure | None:
         return None
     light = {name: tensor.detach().to(graph.device) for name, tensor in named_tensors(model).items()}
     trimmed = rebuild(model, cut(graph, light, kept))
-    set_attributes(model, trimmed, graph.axes, kept)
+    set_attributes(model, trimmed, graph, kept)
     failure = prove(model, graph, trimmed, kept)
     if failure is not None and not failure[0]:
         return {value for layer in graph.layers.values() for value in layer.roots.tolist()}, failure[1]

@@ -69,6 +69,7 @@ class Ledger:
         self._others: list[Atoms] = []
         self._pins: list[tuple[Atoms, str]] = []
         self._rectangles: list[tuple[Atoms, str]] = []
+        self.sizes: list[tuple[str, int, Atoms]] = []
 
     def unite(self, one: Atoms, other: Atoms, reason: str) -> None:
         """Make elements of two broadcastable arrays one neuron; what meets atom 0 is pinned."""
@@ -99,12 +100,17 @@ class Ledger:
         """One axis was cut into several: what goes must be whole lines along one of them; `resolve` says which."""
         self._rectangles.append((atoms, reason))
 
+    def note_size(self, where: str, axis: int, atoms: Atoms) -> None:
+        """The code of a module gave a tensor its size along a labelled axis, perhaps from an attribute of its own."""
+        self.sizes.append((where, axis, atoms))
+
     def absorb(self, other: "Ledger") -> None:
         """Take over all that another ledger holds: a run counts once it has ended well."""
         self._ones += other._ones
         self._others += other._others
         self._pins += other._pins
         self._rectangles += other._rectangles
+        self.sizes += other.sizes
 
     def touched(self, count: int) -> NDArray[np.bool_]:
         """Which of the atoms any operator has spoken of."""

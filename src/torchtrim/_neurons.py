@@ -36,6 +36,20 @@ class Layer:
 
 
 @dataclass(frozen=True, eq=False)
+class Description:
+    """An integer attribute of a module that says how many there are along an axis of a label, such as `num_heads`."""
+
+    module: str
+    attribute: str
+    axis: int
+    roots: Atoms
+
+    def left(self, kept: Kept) -> int:
+        others = tuple(other for other in range(self.roots.ndim) if other != self.axis)
+        return int(kept[self.roots].any(axis=others).sum())
+
+
+@dataclass(frozen=True, eq=False)
 class NeuronGraph:
     """What `trace` found. `layers` in the order of execution; tied layers share a `group` (its first layer's name)."""
 
@@ -46,6 +60,7 @@ class NeuronGraph:
     sites: tuple[Site, ...]
     root: Atoms
     example: Any
+    descriptions: tuple[Description, ...] = ()
 
     @property
     def locked(self) -> dict[str, str]:

@@ -228,7 +228,9 @@ def _attention(call: Call) -> Sequence[Labels]:
         _attended(call, value, [ndim - 2], "averaged", heads),
     ]
     factors = merge(call, operands, lambda flags: bool(flags[2]))
-    return [Labels(tuple(factors)), *(UNKNOWN for _ in call.result[1:])]
+    sums = Labels(tuple(Factor(f.atoms[..., 0], False) for f in factors if f.varies(ndim - 3)))
+    others = [sums if isinstance(t, Tensor) and t.shape == query.shape[:-1] else UNKNOWN for t in call.result[1:]]
+    return [Labels(tuple(factors)), *others]
 
 
 def _attended(call: Call, tensor: Tensor, axes: Sequence[int], why: str, heads: int) -> Operand:

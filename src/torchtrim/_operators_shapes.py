@@ -59,6 +59,8 @@ def _reshape(call: Call) -> Labels:
     for before, after in zip(labels.factors, factors, strict=True):
         if len(after.axes()) > max(1, len(before.axes())):
             call.ledger.keep_rectangular(after.atoms, call.reason("cut into two axes"))
+        for axis in after.axes():
+            call.ledger.note_size(call.where, axis, after.atoms)
     return labels.with_factors(factors)
 
 
@@ -154,6 +156,9 @@ def _split_row(call: Call) -> Sequence[Labels]:
     start = 0
     for piece in call.result:
         pieces.append(_piece(call, axis, start, piece.shape[axis]))
+        for factor in pieces[-1].factors:
+            if factor.varies(axis):
+                call.ledger.note_size(call.where, axis, factor.atoms)
         start += piece.shape[axis]
     return pieces
 

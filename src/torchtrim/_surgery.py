@@ -65,7 +65,7 @@ def _carried_out(graph: NeuronGraph, plan: Plan, kept: Kept) -> Plan:
 def _carry_out(model: nn.Module, graph: NeuronGraph, kept: Kept) -> tuple[nn.Module, Kept]:
     while True:
         trimmed = rebuild(model, cut(graph, named_tensors(model), kept))
-        set_attributes(model, trimmed, graph.axes, kept)
+        set_attributes(model, trimmed, graph, kept)
         failure = prove(model, graph, trimmed, kept)
         if failure is None:
             return _own(model, trimmed), kept

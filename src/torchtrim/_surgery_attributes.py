@@ -1,24 +1,52 @@
-"""The integer attributes with which PyTorch's own modules describe their widths."""
+"""The integer attributes with which modules describe their widths: PyTorch's own by their meaning, others by what
 
-from collections.abc import Mapping
+the trace saw their code do. The proof tells whether an attribute meant what it seemed to.
+"""
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Iterator, Mapping
+
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from torchtrim._flow import named_tensors
-from torchtrim._labels import Atoms
+from torchtrim._labels import Atoms, Ledger, canonical
+from torchtrim._neurons import Description, Kept, NeuronGraph
 
 # Where a module's weight is kept: as it is, by a parametrization, or by `weight_norm` of either kind.
 _WEIGHTS = ("weight", "parametrizations.weight.original", "parametrizations.weight.original1", "weight_v")
 
 
-def set_attributes(
-    model: nn.Module, trimmed: nn.Module, axes: Mapping[str, tuple[Atoms, ...]], kept: NDArray[np.bool_]
-) -> None:
+# What attributes that describe a width are called; others of the same value are left alone.
+_WORDS = ("head", "dim", "size", "width", "channel", "feature", "hidden", "planes", "group")
+
+
+def descriptions(model: nn.Module, ledger: Ledger, root: Atoms) -> Iterator[Description]:
+    """The attributes of the modules' own that have the value of a size which their code gave to a labelled axis."""
+    for where, axis, atoms in ledger.sizes:
+        module = model.get_submodule(where)
+        attributes = [name for name, value in vars(module).items() if type(value) is int and value == atoms.shape[axis]]
+        if attributes and not type(module).__module__.startswith("torch.nn."):
+            roots = canonical(atoms, root)
+            if roots is not None and roots.shape[axis] > 1:
+                for name in attributes:
+                    if any(word in name.lower() for word in _WORDS):
+                        yield Description(where, name, axis, roots)
+
+
+def set_attributes(model: nn.Module, trimmed: nn.Module, graph: NeuronGraph, kept: Kept) -> None:
     """Bring each module's description in line with its tensors after a trim, in place."""
+    _set_own(model, trimmed, graph.axes, kept)
+    found: dict[tuple[str, str], set[int]] = {}
+    for one in graph.descriptions:
+        found.setdefault((one.module, one.attribute), set()).add(one.left(kept))
+    for (name, attribute), values in found.items():
+        if len(values) == 1:  # else it means more than one thing
+            setattr(trimmed.get_submodule(name), attribute, values.pop())
+
+
+def _set_own(model: nn.Module, trimmed: nn.Module, axes: Mapping[str, tuple[Atoms, ...]], kept: Kept) -> None:
+    """Those of PyTorch's own modules."""
     names = {id(tensor): name for name, tensor in named_tensors(model).items()}
     for old, new in zip(model.modules(), trimmed.modules(), strict=True):
         name = _weight_of(old, names)
@@ -53,7 +81,7 @@ def _weight_of(module: nn.Module, names: Mapping[int, str]) -> str | None:
     return next((names[id(own[key])] for key in _WEIGHTS if key in own), None)
 
 
-def _groups_left(groups: int, roots: Atoms, kept: NDArray[np.bool_]) -> int:
+def _groups_left(groups: int, roots: Atoms, kept: Kept) -> int:
     if roots.size <= 1:
         return groups
     return int(kept[roots].reshape(groups, -1).any(axis=1).sum())
