@@ -1,4 +1,4 @@
-"""The sizes in the paper's tables follow from our surgery. Hu et al., "Network Trimming", 2016: the tables of LeNet and VGG-16."""
+"""The sizes in the tables of Hu et al., "Network Trimming", 2016, follow from our surgery."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The LeNet table of the paper and beyond: LeNet on MNIST, CONV2 and FC1 trimmed by mean + 1 std, round after round."""
+"""LeNet on MNIST as in the paper and beyond: CONV2 and FC1 trimmed by mean + 1 std, round after round."""
 
 import statistics
 

@@ -38,7 +38,7 @@ class RoundTable:
     """The paper's table of an ancestor and its rounds; its lines can be printed while the rounds go on.
 
     layers: those that are trimmed, if they are known. batch: how many inputs the costs are of. tested: whether the
-    accuracy is that of test data. device: where latency was measured. Hu et al., "Network Trimming", 2016, its table of LeNet.
+    accuracy is that of test data. device: where latency was measured. Hu et al., "Network Trimming", 2016.
     """
 
     def __init__(
