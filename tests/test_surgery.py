@@ -56,7 +56,14 @@ def images(count: int, size: int, channels: int = 3) -> torch.Tensor:
     return torch.randn(count, channels, size, size, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("name", "size", "other", "locked"), MODELS, ids=[name for name, *_ in MODELS])
+# a gigabyte of weights each: the normal run has one of the four
+LARGE = {"vgg11", "vgg11_bn", "vgg16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "other", "locked"),
+    [pytest.param(*row, id=row[0], marks=pytest.mark.slow if row[0] in LARGE else ()) for row in MODELS],
+)
 def test_models_of_torchvision(name: str, size: int, other: int, locked: set[str]) -> None:
     model = built(name)
     graph = torchtrim.trace(model, images(2, size))

@@ -45,10 +45,9 @@ def prove(model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept) 
 
 def _misplaced(model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept) -> Failure | None:
     """Whether some tensor is not the original without what was removed; on meta tensors only sizes tell."""
-    originals = named_tensors(model)
     tensors = named_tensors(trimmed)
-    for name, expected in cut(graph, originals, kept).items():
-        found = tensors[name]
+    for name, original in named_tensors(model).items():
+        expected, found = cut(graph, {name: original}, kept)[name], tensors[name]
         equal = found.shape == expected.shape
         if equal and found.device == expected.device and not found.is_meta:
             equal = torch.equal(found, expected) or torch.equal(found.nan_to_num(), expected.nan_to_num())

@@ -1,0 +1,106 @@
+"""What a trace finds: layers in order, groups, names, and reasons."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import torchtrim
+from torchtrim._graph import trial
+from torchtrim._lenet import LeNet
+from toys import TOYS, Net
+
+LENET = torch.zeros(2, 1, 28, 28)
+
+
+def test_layers_in_the_order_of_execution() -> None:
+    graph = torchtrim.trace(LeNet(), LENET)
+    assert list(graph.layers) == ["conv1", "conv2", "fc1", "fc2"]
+    assert [layer.width for layer in graph.layers.values()] == [20, 50, 500, 10]
+    assert [layer.parameter for layer in graph.layers.values()] == [f"{name}.weight" for name in graph.layers]
+
+
+def test_a_flattened_channel_is_one_body() -> None:
+    graph = torchtrim.trace(LeNet(), LENET)
+    roots = graph.layers["conv2"].roots
+    assert np.array_equal(graph.axes["fc1.weight"][1], np.repeat(roots, 16))
+    assert np.array_equal(graph.axes["conv2.bias"][0], roots)
+
+
+def test_residual_layers_share_a_group() -> None:
+    graph = torchtrim.trace(torchvision.models.resnet18(), torch.zeros(1, 3, 64, 64))
+    groups = {name: layer.group for name, layer in graph.layers.items()}
+    assert groups["layer1.0.conv2"] == groups["layer1.1.conv2"] == groups["conv1"] == "conv1"
+    assert groups["layer1.0.conv1"] == "layer1.0.conv1"
+    assert np.array_equal(graph.layers["conv1"].roots, graph.layers["layer1.1.conv2"].roots)
+
+
+def test_neurons_along_other_axes_and_without_a_module() -> None:
+    toy = TOYS["parameters and matmul"]
+    layers = torchtrim.trace(toy.build(), torch.zeros(toy.shape)).layers
+    assert [(layer.name, layer.parameter, layer.axis, layer.width) for layer in layers.values()] == [
+        ("a", "a", 1, 8), ("b", "b", 1, 10), ("out", "out", 1, 3)]  # fmt: skip
+    transposed = torchtrim.trace(TOYS["transposed conv"].build(), torch.zeros(2, 3, 8, 8)).layers["b"]
+    assert (transposed.axis, transposed.width) == (1, 8)
+
+
+def test_weight_norm_is_named_by_its_module() -> None:
+    layer = torchtrim.trace(TOYS["weight_norm"].build(), torch.zeros(2, 3, 8, 8)).layers["a"]
+    assert layer.parameter.startswith("a.parametrizations.weight.")
+    assert layer.width == 6
+
+
+def test_parts_that_only_training_reaches() -> None:
+    class Auxiliary(LeNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.side = nn.Linear(500, 7)
+            self.side_out = nn.Linear(7, 10)
+
+        def forward(self, images):
+            hidden = nn.functional.max_pool2d(self.conv1(images).relu(), 2)
+            hidden = nn.functional.max_pool2d(self.conv2(hidden).relu(), 2).flatten(1)
+            hidden = self.fc1(hidden).relu()
+            if self.training:
+                return self.fc2(hidden), self.side_out(self.side(hidden).relu())
+            return self.fc2(hidden)
+
+    graph = torchtrim.trace(Auxiliary(), LENET)
+    assert set(graph.locked) == {"fc2", "side_out"}
+    assert np.array_equal(graph.axes["side.weight"][1], graph.layers["fc1"].roots)
+    assert [training for training, _ in graph.recordings] == [False, True]
+
+
+def test_a_trial_takes_from_every_group_and_leaves_every_axis_some() -> None:
+    graph = torchtrim.trace(torchvision.models.squeezenet1_1(), torch.zeros(1, 3, 64, 64))
+    kept = trial(graph)
+    for layer in graph.layers.values():
+        lost = layer.width - int(kept[layer.roots].sum())
+        assert 0 < lost < layer.width if not layer.locked else lost == 0
+
+
+def test_widths_of_one_are_no_layers() -> None:
+    graph = torchtrim.trace(Net(lambda net, x: net.a(x).relu(), {"a": nn.Linear(3, 1)}), torch.zeros(2, 3))
+    assert not graph.layers
+
+
+def test_bodies_of_a_choice() -> None:
+    graph = torchtrim.trace(LeNet(), LENET)
+    kept = graph.bodies({"conv1": [0, 3]})
+    assert np.flatnonzero(~kept[graph.layers["conv1"].roots]).tolist() == [0, 3]
+    assert kept.sum() == len(kept) - 2
+
+
+def test_it_prints_its_layers() -> None:
+    text = str(torchtrim.trace(LeNet(), LENET)).splitlines()
+    assert len(text) == 4
+    assert text[0].split() == ["conv1", "20", "neurons", "group", "conv1"]
+    assert text[3].endswith("locked: it is an output of the model")
+
+
+@pytest.mark.parametrize("name", ["cpu", "meta"])
+def test_a_model_without_values_can_be_traced(name: str) -> None:
+    with torch.device(name):
+        model = LeNet()
+    assert set(torchtrim.trace(model, LENET).locked) == {"fc2"}
