@@ -79,7 +79,7 @@ def test_one_holder_at_a_time(tmp_path) -> None:
         hold(tmp_path / "." / "run.lock")
     release()
     hold(lock)()
-    assert os.listdir(tmp_path) == ["run.lock"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
     with pytest.raises(StoreError, match="cannot be written"):
         hold(tmp_path / "missing" / "run.lock")
 
