@@ -92,11 +92,11 @@ def run(
     Raises TorchtrimError, before any work if what is asked cannot be done.
     """
     criteria.resolve(settings.criterion)
-    opened = open_source(settings.source)
     if settings.training is None and settings.source.untrained:
         raise ModelError(
             f"{settings.source.model} comes untrained; name its weights (--weights) or have it trained (--train-epochs)"
         )
+    opened = open_source(settings.source)
     layers = None if isinstance(settings.layers, Progressive) else settings.layers
     check_layers(unmeasured(opened.model, opened.graph), layers)
     with RunDirectory.open(

@@ -213,7 +213,7 @@ def _accuracy(axes: Any, rounds: Sequence[Round], ancestor: float) -> None:
 
 
 def _opened(accuracy: Any) -> Any:
-    return -np.log10(100.1 - accuracy)
+    return -np.log10(np.maximum(100.1 - accuracy, 1e-3))
 
 
 def _limit_accuracy(axes: Any, values: Sequence[float]) -> None:

@@ -80,7 +80,7 @@ def layers_named(names: Sequence[str], progressive: int | None) -> tuple[str, ..
 
 def usual_directory(model: str, data: str) -> Path:
     """`runs/MODEL-DATA`, such as `runs/vgg16-flowers`."""
-    words = [re.sub(r"[^\w.-]+", "-", Path(name.rpartition(":")[2]).name) for name in (model, data)]
+    words = [re.sub(r"[^\w.-]+", "-", Path(name.rpartition(":")[2]).absolute().name) for name in (model, data)]
     return Path("runs") / "-".join(words)
 
 
@@ -90,7 +90,7 @@ def demo_settings(out: Path, *, fast: bool, seed: int, device: str) -> Settings:
         source=Source("lenet", "mnist", device=device, seed=seed),
         out=out,
         stop=Stop(rounds=2 if fast else 4),
-        training=Training(epochs=1 if fast else 4, seed=seed),
+        training=Training(epochs=0.5 if fast else 4, seed=seed),
         retraining=Training(epochs=0.25 if fast else 1, seed=seed),
         layers=("conv2", "fc1"),
     )

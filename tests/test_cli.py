@@ -1,0 +1,243 @@
+"""The command line as a user meets it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from small_data import write_idx, write_model
+from torchtrim import _job, _settings
+from torchtrim._errors import TorchtrimError
+from torchtrim._loop import Progressive, Stop
+from torchtrim.cli import app
+
+COMMANDS = ("demo", "run", "profile")
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments that name a model and data, from a working directory of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path)
+    write_idx(tmp_path / "digits")
+    return ["small.py:Small", "--data", "idx:digits"]
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), terminal_width=200)
+
+
+def refused(*arguments: str) -> str:
+    """The one message that a mistake is answered with."""
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[_settings.Settings, dict[str, bool]]:
+    """What the job would be told."""
+    told: list[Any] = []
+    monkeypatch.setattr(_job, "run", lambda settings, say, progress, **how: told.append((settings, how)))
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return told[0]
+
+
+# Help
+
+
+def test_help_lists_the_commands() -> None:
+    result = call("--help")
+    assert result.exit_code == 0
+    assert all(f" {command} " in result.stdout for command in COMMANDS)
+    assert call("--version").stdout == f"torchtrim {version('torchtrim')}\n"
+
+
+def test_every_option_of_every_command_is_explained() -> None:
+    import typer
+
+    group = typer.main.get_command(app)
+    for name in COMMANDS:
+        command = group.commands[name]  # type: ignore[attr-defined]
+        assert command.help
+        unexplained = [parameter.name for parameter in command.params if not parameter.help]  # type: ignore[attr-defined]
+        assert unexplained == []
+        text = call(name, "--help").stdout
+        for parameter in command.params:
+            assert parameter.param_type_name == "argument" or parameter.opts[0] in text
+
+
+# What is asked
+
+
+def test_run_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = (
+        "run timm:resnet18 --data imagefolder:flowers --weights w.pt --calibration 50 --resize 70 --crop 64 "
+        "--layers conv1,layer1.* --layers fc --rule fraction:0.2 --criterion l1_norm --rounds 3 --compression 2 "
+        "--smallest-accuracy 90 --train-epochs 2 --retrain-epochs 0.5 --optimizer adamw --lr 0.1 --schedule onecycle "
+        "--batch-size 8 --weight-decay 0.2 --label-smoothing 0.3 --shift 1 --workers 2 --device cpu --seed 5 "
+        "--out there --overwrite"
+    )
+    settings, how = asked(monkeypatch, *line.split())
+    assert settings.source == _settings.Source(
+        "timm:resnet18", "imagefolder:flowers", "w.pt", 50, 70, 64, device="cpu", seed=5
+    )
+    assert settings.layers == ("conv1", "layer1.*", "fc")
+    assert (str(settings.rule), settings.criterion) == ("fraction:0.2", "l1_norm")
+    assert settings.stop == Stop(rounds=3, compression=2, accuracy=90)
+    training = _settings.Training(
+        epochs=0.5,
+        optimizer="adamw",
+        lr=0.1,
+        schedule="onecycle",
+        batch_size=8,
+        weight_decay=0.2,
+        label_smoothing=0.3,
+        shift=1,
+        workers=2,
+        seed=5,
+    )
+    assert settings.retraining == training
+    assert settings.training == _settings.replace(training, epochs=2)
+    assert settings.out == Path("there")
+    assert how == {"resume": False, "overwrite": True}
+
+
+def test_run_has_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, how = asked(monkeypatch, "run", "lenet", "--data", "mnist", "--resume")
+    assert (settings.layers, settings.training, settings.stop) == (None, None, Stop(rounds=4))
+    assert settings.retraining == _settings.Training(epochs=1)
+    assert settings.out == Path("runs/lenet-mnist")
+    assert how == {"resume": True, "overwrite": False}
+    settings, _ = asked(monkeypatch, "run", "lenet", "--data", "mnist", "--progressive", "3")
+    assert settings.layers == Progressive(3)
+
+
+def test_demo_replaces_only_an_earlier_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    line = ("demo", "--out", str(tmp_path), "--seed", "3")
+    settings, how = asked(monkeypatch, *line)
+    assert settings == _settings.demo_settings(tmp_path, fast=False, seed=3, device="auto")
+    assert how == {"resume": False, "overwrite": False}
+    monkeypatch.setattr(_settings, "is_demo", lambda out: True)
+    assert asked(monkeypatch, *line)[1] == {"resume": False, "overwrite": True}
+    assert asked(monkeypatch, *line, "--resume")[1] == {"resume": True, "overwrite": False}
+    assert asked(monkeypatch, *line, "--fast")[0].stop == Stop(rounds=2)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--layers conv3", r"unknown layer 'conv3'; did you mean 'conv2'"),
+        ("--layers fc2", r"layer 'fc2' cannot be trimmed: it is an output of the model"),
+        ("--layers fc1 --progressive 2", "expected either layers or a number of progressive ones"),
+        ("--rule mean", "unknown rule 'mean', expected such as"),
+        ("--criterion apos", r"unknown criterion 'apos'.*did you mean 'apoz'\?"),
+        ("--retrain-epochs -1", "epochs must be ≥ 0, found -1"),
+        ("--train-epochs -1", "epochs must be ≥ 0, found -1"),
+        ("--rounds 0", "rounds must be at least 1, found 0"),
+        ("--compression 0.5", "compression must be above 1, found 0.5"),
+        ("--optimizer adam", "optimizer must be 'adamw' or 'sgd', found 'adam'"),
+        ("--seed -1", "seed must be whole and ≥ 0, found -1"),
+        ("--batch-size 0 --lr -1", "lr must be ≥ 0, found -1.0; .*batch_size must be whole and ≥ 1, found 0"),
+        ("--calibration 500", "expected 1 to 119 training examples"),
+        ("--device tpu", "expected auto, cpu or cuda, found 'tpu'"),
+        ("--weights none.pt", "none.pt: no such file of weights"),
+        ("--weights DEFAULT", "expected a model of torchvision or timm"),
+        ("--resume --overwrite", "expected resume or overwrite, found both"),
+        ("--out small.py", "small.py"),
+        ("--rounds two", "'two' is not a valid"),
+        ("--nothing", "No such option: --nothing"),
+    ],
+)
+def test_a_mistake_in_a_run_is_one_message(small: list[str], arguments: str, expected: str) -> None:
+    assert re.search(expected, refused("run", *small, *arguments.split()))
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("lenett --data mnist", r"found 'lenett'; did you mean 'lenet'\?"),
+        ("lenet --data mnits", r"found 'mnits'; did you mean 'mnist'\?"),
+        ("lenet --data idx:nowhere", "nowhere: expected the four files of an IDX data set"),
+        ("lenet --data idx:digits", "of size 1 × 8 × 8, do not fit the model"),
+        ("small.py:Small --data idx:digits --criterion apos", "unknown criterion 'apos'"),
+        ("small.py:Small --data idx:digits --rule x", "unknown rule 'x'"),
+        ("small.py:Small --data idx:digits --out none/p", "none/p: expected a place in a directory that exists"),
+        ("small.py:Small", "Missing option '--data'"),
+    ],
+)
+def test_a_mistake_in_a_profile_is_one_message(small: list[str], arguments: str, expected: str) -> None:
+    assert re.search(expected, refused("profile", *arguments.split()))
+
+
+def test_an_error_of_ours_that_comes_late_is_a_message_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise TorchtrimError("the loss is not finite")
+
+    monkeypatch.setattr(_job, "run", fail)
+    assert refused("demo") == "error: the loss is not finite\n"
+
+
+def test_a_programming_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_job, "run", lambda *_, **__: {}["x"])
+    assert isinstance(call("demo").exception, KeyError)
+
+
+# The real thing
+
+RUN = "run small.py:Small --data idx:digits --train-epochs 1 --retrain-epochs 0.3 --batch-size 16 --layers conv2,fc1"
+
+
+def test_profile_prints_and_writes(small: list[str]) -> None:
+    result = call("profile", *small, "--examples", "30", "--out", "profile.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "APoZ over 30 examples" in result.stdout
+    assert "Trim first, as their mean APoZ is highest: " in result.stdout
+    assert "The profile is in profile.safetensors." in result.stdout
+    assert max(map(len, result.stdout.splitlines())) < 200
+    assert Path("profile.safetensors").is_file()
+
+
+@pytest.fixture
+def process(small: list[str]) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "torchtrim", *RUN.split(), "--rounds", "1000", "--rule", "fraction:0.05"]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, env=alone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    yield running
+    running.kill()
+    running.communicate()
+
+
+def test_an_interrupted_run_says_how_to_go_on(process: subprocess.Popen[str]) -> None:
+    first = Path("runs/Small-digits/round-01/metrics.json")
+    deadline = time.monotonic() + 100
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors == "interrupted; the same command with --resume goes on after the last whole round\n"
+    assert re.search(r"^ +0  8-12-24-3 ", output, re.MULTILINE)
+
+    whole = len(list(Path("runs/Small-digits").glob("round-*/metrics.json")))
+    line = [*RUN.split(), "--rounds", str(whole + 1), "--rule", "fraction:0.05", "--resume"]
+    result = call(*line)
+    assert result.exit_code == 0, result.output
+    rows = [row.split()[0] for row in result.stdout.splitlines() if re.match(r" +\d+  \d+-", row)]
+    assert rows == [str(number) for number in range(whole + 2)]
+    assert "Written to runs/Small-digits:" in result.stdout
