@@ -195,13 +195,14 @@ def test_tied_parameters_stay_one(everything: Everything) -> None:
     assert small.third.weight.shape == (6, 6, 1, 1)
 
 
-def test_parameters_that_share_memory_still_do() -> None:
-    model = Net(lambda net, x: net.out(net.b(net.a(x).relu()).relu()), {
-        "a": nn.Linear(4, 4, False), "b": nn.Linear(4, 4, False), "out": nn.Linear(4, 2)})  # fmt: skip
+@pytest.mark.parametrize("removed", [(), (1,)])
+def test_parameters_that_share_memory_still_do(removed: tuple[int, ...]) -> None:
+    modules = {"first": nn.Linear(3, 4), "a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "out": nn.Linear(4, 2)}
+    model = Net(lambda net, x: net.out(net.b(net.a(net.first(x)).relu()).relu()), modules)
     model.b.weight = nn.Parameter(model.a.weight.detach())
     assert model.b.weight is not model.a.weight
-    plan = Plan({"out": LayerPlan(2, ())})
-    small = torchtrim.trim(model, plan, torch.zeros(2, 4))
+    small = torchtrim.trim(model, Plan({"first": LayerPlan(4, removed)}), torch.zeros(2, 3))
+    assert small.b.weight.shape == (4 - len(removed), 4 - len(removed))
     assert small.b.weight.data_ptr() == small.a.weight.data_ptr()
     assert small.b.weight.data_ptr() != model.a.weight.data_ptr()
 

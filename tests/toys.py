@@ -271,6 +271,14 @@ def _(net, x):
     return net.out(net.norm3(net.c(x)).relu())
 
 
+@toy("a norm keeps zero only by a scale and a shift", VECTORS, "a c", {"b": "not zero"}, a=linear(6, 8),
+     norm1=lambda: nn.BatchNorm1d(8), b=linear(1, 8), norm2=lambda: nn.BatchNorm1d(8, affine=False), c=linear(1, 8),
+     out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    x = net.norm1(net.a(x)).sum(1, keepdim=True)
+    return net.out(net.c(net.norm2(net.b(x)).sum(1, keepdim=True)))
+
+
 @toy("batch norm 1d", VECTORS, "a", a=linear(6, 8), norm=lambda: nn.BatchNorm1d(8), out=linear(8, 3))
 def _(net, x):
     return net.out(net.norm(net.a(x)).relu())
@@ -342,6 +350,18 @@ def _(net, x):
 def _(net, x):
     x = ((net.a(x).relu() - 0) * 2 / 3).sum(1, keepdim=True)
     return net.out(net.c((net.b(x) + 1).sum(1, keepdim=True)))
+
+
+@toy("a sum of what is zero and what is not", VECTORS, "c", {"a": "not zero", "b": "not zero"}, a=linear(6, 8),
+     b=linear(6, 8), c=linear(1, 8), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    return net.out(net.c((net.a(x).relu() + net.b(x).sigmoid()).sum(1, keepdim=True)))
+
+
+@toy("a product of what is zero and what is not", VECTORS, "a b c", a=linear(6, 8), b=linear(6, 8), c=linear(1, 8),
+     out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    return net.out(net.c((net.a(x).relu() * net.b(x).sigmoid()).sum(1, keepdim=True)))
 
 
 @toy("clamp keeps zero only where zero is inside", VECTORS, "a c", {"b": "silent neuron is not zero"}, a=linear(6, 8),
@@ -509,6 +529,13 @@ def _(net, x):
     return net.out(F.pad(net.c(x).relu(), (1, 1, 1, 1), value=1.0))
 
 
+@toy("padding with something else than zero, summed", IMAGES, "a", {"b": "not zero"}, a=conv(3, 6), b=conv(1, 6),
+     out=conv(1, 2))  # fmt: skip
+def _(net, x):
+    x = F.pad(net.a(x).relu(), (1, 1, 1, 1)).sum(1, keepdim=True)
+    return net.out(F.pad(net.b(x).relu(), (1, 1, 1, 1), value=1.0).sum(1, keepdim=True))
+
+
 @toy(
     "padding neurons with zeros",
     IMAGES,
@@ -610,6 +637,13 @@ def _(net, x):
 @toy("neurons are picked by index", VECTORS, "b", {"a": "picked"}, a=linear(6, 8), b=linear(4, 8), out=linear(8, 3))
 def _(net, x):
     return net.out(net.b(net.a(x).relu()[:, torch.tensor([0, 2, 4, 6])]).relu())
+
+
+@toy("indices that neurons compute", SEQUENCES, "b", {"a": "no rule is known"}, a=linear(6, 8), b=linear(6, 8),
+     out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    order = net.a(x).argsort(1)
+    return net.out(net.b(x).relu() + torch.gather(x[:, :, :1].expand(-1, -1, order.shape[2]), 1, order)[:, :, :1])
 
 
 @toy("channel shuffle", IMAGES, "a b", a=conv(3, 8), b=conv(8, 8), out=conv(8, 2))
@@ -721,6 +755,42 @@ class Joined(nn.Module):
 @toy("attention heads of one layer", SEQUENCES, "attention.qkv", attention=Joined, out=linear(12, 3))
 def _(net, x):
     return net.out(net.attention(x))
+
+
+class Mixed(nn.Module):
+    """Kernels of several sizes, each for some of the channels: the sizes of the pieces are kept in a list."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self.splits = sizes
+        self.kernels = nn.ModuleList(nn.Conv2d(n, n, 2 * i + 1, padding=i, groups=n) for i, n in enumerate(sizes))
+
+    def forward(self, x):
+        return torch.cat([kernel(part) for kernel, part in zip(self.kernels, x.split(self.splits, 1), strict=True)], 1)
+
+
+@toy("pieces of sizes that a list holds", IMAGES, "a b.kernels.0 b.kernels.1 b.kernels.2 c.kernels.0 c.kernels.1",
+     a=conv(3, 15), b=lambda: Mixed([6, 5, 4]), c=lambda: Mixed([8, 7]), out=conv(15, 2))  # fmt: skip
+def _(net, x):
+    return net.out(net.c(net.b(net.a(x).relu()).relu()).relu())
+
+
+class Halves(nn.Module):
+    """Code that cuts by half of an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand_chs = 16
+        self.a = nn.Linear(6, 16)
+
+    def forward(self, x):
+        left, right = self.a(x).split(self.expand_chs // 2, 1)
+        return left * right.sigmoid()
+
+
+@toy("pieces of half of what an attribute holds", VECTORS, "halves.a", halves=Halves, out=linear(8, 3))
+def _(net, x):
+    return net.out(net.halves(x))
 
 
 class Pieces(nn.Module):

@@ -99,6 +99,7 @@ class Flow(TorchDispatchMode):
         self.sites: list[Site] = []
         self.produced: list[Atoms] = []
         self.where: list[str] = []
+        self.modules: dict[str, nn.Module] = {}
         self.blamed: list[Labels] = []
 
     def __torch_dispatch__(
@@ -114,7 +115,7 @@ class Flow(TorchDispatchMode):
         constants = _constants(name, args, kwargs, operands)
         result = func(*args, **kwargs)
         where = self.where[-1] if self.where else ""
-        call = Call(name, func, args, kwargs, result, labels_of, self.ledger, where)
+        call = Call(name, func, args, kwargs, result, labels_of, self.ledger, where, self.modules.get(where))
         row = row_of(name, func)
         found = row(call)
         results = tensors(pytree.tree_leaves(result))
@@ -228,6 +229,7 @@ def run(
 ) -> Flow:
     """Run a rebuilt model under a `Flow`; its outputs are pinned. Raises `RunError` where the model raises."""
     flow = Flow(ledger)
+    flow.modules = dict(model.named_modules())
     for name, tensor in named_tensors(model).items():
         if name in labels:
             _label(tensor, labels[name], False)

@@ -157,7 +157,10 @@ def _layers(
 
 
 def trial(graph: NeuronGraph) -> Kept:
-    """A third of every group's neurons removed at random, one at least; no axis loses all."""
+    """A third of every group's neurons removed at random, one at least. Every axis keeps two, or one of two.
+
+    A single neuron has no label of its own to compare where it is joined to others.
+    """
     random = np.random.default_rng(0)
     kept = np.ones(len(graph.root), bool)
     groups: dict[str, set[int]] = {}
@@ -168,8 +171,11 @@ def trial(graph: NeuronGraph) -> Kept:
         ordered = np.array(sorted(units))
         kept[random.choice(ordered, max(1, len(ordered) * 3 // 10), replace=False)] = False
     for roots in (roots for per_axis in graph.axes.values() for roots in per_axis):
-        if roots.size > 1 and not kept[roots].any():
-            kept[roots[0]] = True
+        bodies = np.unique(roots)
+        gone = bodies[~kept[bodies]]
+        least = min(2, bodies.size - 1)
+        if roots.size > 1 and bodies.size - gone.size < least:
+            kept[gone[: least - (bodies.size - gone.size)]] = True
     return kept
 
 

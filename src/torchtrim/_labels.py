@@ -61,6 +61,17 @@ UNKNOWN = Labels()
 UNIFORM = Labels(static=True, uniform=True)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Size:
+    """A size that a module's code gave to an axis of a label. `pieces`: of one of several, all their sizes."""
+
+    where: str
+    axis: int
+    atoms: Atoms
+    pieces: Shape
+    index: int
+
+
 class Ledger:
     """What the operators of one or more runs demanded of the atoms."""
 
@@ -69,7 +80,7 @@ class Ledger:
         self._others: list[Atoms] = []
         self._pins: list[tuple[Atoms, str]] = []
         self._rectangles: list[tuple[Atoms, str]] = []
-        self.sizes: list[tuple[str, int, Atoms]] = []
+        self.sizes: list[Size] = []
 
     def unite(self, one: Atoms, other: Atoms, reason: str) -> None:
         """Make elements of two broadcastable arrays one neuron; what meets atom 0 is pinned."""
@@ -100,9 +111,9 @@ class Ledger:
         """One axis was cut into several: what goes must be whole lines along one of them; `resolve` says which."""
         self._rectangles.append((atoms, reason))
 
-    def note_size(self, where: str, axis: int, atoms: Atoms) -> None:
+    def note_size(self, where: str, axis: int, atoms: Atoms, pieces: Shape = (), index: int = 0) -> None:
         """The code of a module gave a tensor its size along a labelled axis, perhaps from an attribute of its own."""
-        self.sizes.append((where, axis, atoms))
+        self.sizes.append(Size(where, axis, atoms, pieces, index))
 
     def absorb(self, other: "Ledger") -> None:
         """Take over all that another ledger holds: a run counts once it has ended well."""

@@ -37,10 +37,14 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Description:
-    """An integer attribute of a module that says how many there are along an axis of a label, such as `num_heads`."""
+    """An attribute of a module that says how many there are along an axis of a label, such as `num_heads`.
+
+    index: of a list of sizes, which one; None where the attribute is an integer.
+    """
 
     module: str
     attribute: str
+    index: int | None
     axis: int
     roots: Atoms
 

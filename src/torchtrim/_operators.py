@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchtrim._labels import UNIFORM, Atoms, Factor, Labels, Ledger, Shape, fit
@@ -54,6 +54,7 @@ class Call:
     labels_of: Callable[[Tensor], Labels]
     ledger: Ledger
     where: str
+    module: nn.Module | None = None
     produced: list[Atoms] = field(default_factory=list)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:

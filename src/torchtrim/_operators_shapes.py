@@ -1,12 +1,13 @@
 """Rows of the operators that move elements: views, pieces, joins, pooling, padding. They are applied to the labels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from torchtrim._labels import Atoms, Factor, Labels, fit, reshape
-from torchtrim._operators import Call, Operand, Table, all_zero, merge, pointwise
+from torchtrim._operators import Call, Operand, Table, all_zero, merge, pointwise, tensors, unknown
 
 ROWS = Table()
 
@@ -152,15 +153,35 @@ def _narrow(call: Call) -> Labels:
 @ROWS.of("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes", "chunk")
 def _split_row(call: Call) -> Sequence[Labels]:
     axis = call.argument(2, "dim", 0) % call.args[0].ndim
+    sizes = tuple(piece.shape[axis] for piece in call.result)
+    held = _holds(call, sizes)
+    for factor in call.labels_of(call.args[0]).factors:
+        if factor.varies(axis):
+            call.ledger.note_size(call.where, axis, factor.atoms)
     pieces: list[Labels] = []
-    start = 0
-    for piece in call.result:
-        pieces.append(_piece(call, axis, start, piece.shape[axis]))
+    for index, size in enumerate(sizes):
+        start = sum(sizes[:index])
+        pieces.append(_part(call, axis, range(start, start + size)) if held else _piece(call, axis, start, size))
         for factor in pieces[-1].factors:
             if factor.varies(axis):
-                call.ledger.note_size(call.where, axis, factor.atoms)
-        start += piece.shape[axis]
+                call.ledger.note_size(call.where, axis, factor.atoms, sizes, index)
     return pieces
+
+
+def _holds(call: Call, sizes: Sequence[int]) -> bool:
+    """Whether the module keeps these sizes in an attribute, which can follow what each piece loses."""
+    values = vars(call.module).values() if call.module else ()
+    return any(is_sizes(value, sizes) for value in values)
+
+
+def is_sizes(value: Any, sizes: Sequence[int]) -> bool:
+    """Whether a value is a list of just these sizes."""
+    return isinstance(value, (list, tuple)) and all(type(one) is int for one in value) and list(value) == list(sizes)
+
+
+def _part(call: Call, axis: int, positions: range) -> Labels:
+    labels = call.labels_of(call.args[0])
+    return labels.with_factors(f.map(f.atoms.take(positions, axis)) if f.varies(axis) else f for f in labels.factors)
 
 
 def _without(call: Call, axis: int) -> Labels:
@@ -232,6 +253,8 @@ def _picked(call: Call) -> Labels:
     """Which positions are read is up to the data or the code: their axis keeps its size."""
     inputs = call.args[0]
     axis = call.argument(2 if call.name == "topk" else 1, "dim", -1) % max(inputs.ndim, 1)
+    if _has_labels(call, tensors(call.args[1:])):
+        return unknown(call)
     labels = call.labels_of(inputs)
     return labels.with_factors(call.fix_axes(labels.factors, [axis], "positions are picked"))
 
@@ -241,13 +264,19 @@ def _index(call: Call) -> Labels:
     """Adjacent index tensors replace the axes they pick from by axes of their own."""
     inputs, indices = call.args[0], call.args[1]
     picked = [axis for axis, index in enumerate(indices) if index is not None]
+    adjacent = picked == list(range(picked[0], picked[0] + len(picked)))
+    if not adjacent or _has_labels(call, tensors([indices])):
+        return unknown(call)
     labels = call.labels_of(inputs)
     factors = call.fix_axes(labels.factors, picked, "positions are picked")
-    if picked != list(range(picked[0], picked[0] + len(picked))):
-        factors = call.fix_axes(factors, range(inputs.ndim), "positions are picked")
     extra = call.result.ndim - (inputs.ndim - len(picked))
     shapes = [(*f.atoms.shape[: picked[0]], *(1,) * extra, *f.atoms.shape[picked[-1] + 1 :]) for f in factors]
     return labels.with_factors(f.map(f.atoms.reshape(shape)) for f, shape in zip(factors, shapes, strict=True))
+
+
+def _has_labels(call: Call, indices: Sequence[Tensor]) -> bool:
+    """Indices that neurons computed differ from neuron to neuron."""
+    return any(call.labels_of(index).factors for index in indices)
 
 
 # ------------------------------------------------------------------ channels that become positions, and back

@@ -10,39 +10,54 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from torchtrim._flow import named_tensors
-from torchtrim._labels import Atoms, Ledger, canonical
+from torchtrim._labels import Atoms, Ledger, Size, canonical
 from torchtrim._neurons import Description, Kept, NeuronGraph
+from torchtrim._operators_shapes import is_sizes
 
 # Where a module's weight is kept: as it is, by a parametrization, or by `weight_norm` of either kind.
 _WEIGHTS = ("weight", "parametrizations.weight.original", "parametrizations.weight.original1", "weight_v")
 
 
 # What attributes that describe a width are called; others of the same value are left alone.
-_WORDS = ("head", "dim", "size", "width", "channel", "feature", "hidden", "planes", "group")
+_WORDS = ("head", "dim", "size", "width", "channel", "chs", "feature", "hidden", "planes", "group")
 
 
 def descriptions(model: nn.Module, ledger: Ledger, root: Atoms) -> Iterator[Description]:
     """The attributes of the modules' own that have the value of a size which their code gave to a labelled axis."""
-    for where, axis, atoms in ledger.sizes:
-        module = model.get_submodule(where)
-        attributes = [name for name, value in vars(module).items() if type(value) is int and value == atoms.shape[axis]]
-        if attributes and not type(module).__module__.startswith("torch.nn."):
-            roots = canonical(atoms, root)
-            if roots is not None and roots.shape[axis] > 1:
-                for name in attributes:
-                    if any(word in name.lower() for word in _WORDS):
-                        yield Description(where, name, axis, roots)
+    for size in ledger.sizes:
+        module = model.get_submodule(size.where)
+        places = list(_places(module, size))
+        roots = canonical(size.atoms, root) if places else None
+        if roots is not None and roots.shape[size.axis] > 1:
+            yield from (Description(size.where, name, index, size.axis, roots) for name, index in places)
+
+
+def _places(module: nn.Module, size: Size) -> Iterator[tuple[str, int | None]]:
+    """The attributes that may have given a size, with the index in those that are lists."""
+    if type(module).__module__.startswith("torch.nn."):
+        return
+    for name, value in vars(module).items():
+        if size.pieces and is_sizes(value, size.pieces):
+            yield name, size.index
+        elif (
+            type(value) is int and value == size.atoms.shape[size.axis] and any(word in name.lower() for word in _WORDS)
+        ):
+            yield name, None
 
 
 def set_attributes(model: nn.Module, trimmed: nn.Module, graph: NeuronGraph, kept: Kept) -> None:
     """Bring each module's description in line with its tensors after a trim, in place."""
     _set_own(model, trimmed, graph.axes, kept)
-    found: dict[tuple[str, str], set[int]] = {}
+    found: dict[tuple[str, str, int | None], set[int]] = {}
     for one in graph.descriptions:
-        found.setdefault((one.module, one.attribute), set()).add(one.left(kept))
-    for (name, attribute), values in found.items():
+        found.setdefault((one.module, one.attribute, one.index), set()).add(one.left(kept))
+    for (name, attribute, index), values in found.items():
         if len(values) == 1:  # else it means more than one thing
-            setattr(trimmed.get_submodule(name), attribute, values.pop())
+            module, value = trimmed.get_submodule(name), values.pop()
+            if index is not None:
+                old = list(getattr(module, attribute))
+                value = type(getattr(module, attribute))([*old[:index], value, *old[index + 1 :]])
+            setattr(module, attribute, value)
 
 
 def _set_own(model: nn.Module, trimmed: nn.Module, axes: Mapping[str, tuple[Atoms, ...]], kept: Kept) -> None:
