@@ -64,6 +64,12 @@ def test_help_lists_the_commands() -> None:
     assert call("--version").stdout == f"torchtrim {version('torchtrim')}\n"
 
 
+def test_help_does_not_wait_for_pytorch() -> None:
+    program = "import sys, torchtrim.cli; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
+    assert run.stdout == "False\n"
+
+
 def test_every_option_of_every_command_is_explained() -> None:
     import typer
 
@@ -159,7 +165,7 @@ def test_demo_replaces_only_an_earlier_demo(monkeypatch: pytest.MonkeyPatch, tmp
         ("--weights DEFAULT", "expected a model of torchvision or timm"),
         ("--resume --overwrite", "expected resume or overwrite, found both"),
         ("--out small.py", "small.py"),
-        ("--rounds two", "'two' is not a valid"),
+        ("--rounds two", "Invalid value for '--rounds'"),
         ("--nothing", "No such option: --nothing"),
     ],
 )

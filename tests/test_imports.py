@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+import torchtrim
+
 HEAVY = ("accelerate", "matplotlib", "timm", "torchvision")
 PACKAGE = "import torchtrim"
 EVERY_MODULE = """
@@ -22,3 +24,11 @@ def test_heavy_libraries_are_not_imported(imports: str) -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []
+
+
+def test_every_public_name_is_found() -> None:
+    names = {name: getattr(torchtrim, name) for name in torchtrim.__all__}
+    assert sorted(torchtrim._HOMES) == sorted(names)
+    assert all(value.__name__.rpartition(".")[2] == name for name, value in names.items())
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        torchtrim.nothing  # noqa: B018

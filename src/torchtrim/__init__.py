@@ -1,24 +1,32 @@
-"""Make trained neural networks smaller and faster by removing the neurons that stay silent."""
+"""Make trained neural networks smaller and faster by removing the neurons that stay silent.
 
-from torchtrim import criteria
-from torchtrim._cost import Cost, measure
-from torchtrim._errors import (
-    DataError,
-    PlanError,
-    ProfileError,
-    StoreError,
-    TorchtrimError,
-    TorchtrimWarning,
-    TraceError,
-)
-from torchtrim._graph import NeuronGraph, trace
-from torchtrim._loop import Progressive, Round, Stop, iterate
-from torchtrim._plan import LayerPlan, Plan
-from torchtrim._profile import Profile, profile
-from torchtrim._run_directory import run
-from torchtrim._select import Fraction, MeanPlusStd, Threshold, select
-from torchtrim._store import load, save
-from torchtrim._surgery import mask, trim
+A name is imported when it is first used, so that the command line answers at once where it needs no PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchtrim import criteria
+    from torchtrim._cost import Cost, measure
+    from torchtrim._errors import (
+        DataError,
+        ModelError,
+        PlanError,
+        ProfileError,
+        StoreError,
+        TorchtrimError,
+        TorchtrimWarning,
+        TraceError,
+    )
+    from torchtrim._graph import NeuronGraph, trace
+    from torchtrim._loop import Progressive, Round, Stop, iterate
+    from torchtrim._plan import LayerPlan, Plan
+    from torchtrim._profile import Profile, profile
+    from torchtrim._run_directory import run
+    from torchtrim._select import Fraction, MeanPlusStd, Threshold, select
+    from torchtrim._store import load, save
+    from torchtrim._surgery import mask, trim
 
 __all__ = [
     "Cost",
@@ -26,6 +34,7 @@ __all__ = [
     "Fraction",
     "LayerPlan",
     "MeanPlusStd",
+    "ModelError",
     "NeuronGraph",
     "Plan",
     "PlanError",
@@ -51,3 +60,31 @@ __all__ = [
     "trace",
     "trim",
 ]
+
+_ROOMS = {
+    "_cost": "Cost measure",
+    "_errors": "DataError ModelError PlanError ProfileError StoreError TorchtrimError TorchtrimWarning TraceError",
+    "_graph": "NeuronGraph trace",
+    "_loop": "Progressive Round Stop iterate",
+    "_plan": "LayerPlan Plan",
+    "_profile": "Profile profile",
+    "_run_directory": "run",
+    "_select": "Fraction MeanPlusStd Threshold select",
+    "_store": "load save",
+    "_surgery": "mask trim",
+    "criteria": "criteria",
+}
+_HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = import_module(f"{__name__}.{_HOMES[name]}")
+    value = home if name == _HOMES[name] else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
