@@ -16,7 +16,7 @@ from torch import nn
 
 import torchtrim
 from test_store import MODELS, assert_same, made
-from torchtrim import Fraction, Progressive, Round, Stop, StoreError, TorchtrimWarning, _loop, _run_directory
+from torchtrim import Fraction, PlanError, Progressive, Round, Stop, StoreError, TorchtrimWarning, _loop, _run_directory
 from torchtrim._run_directory import RunDirectory
 
 run = partial(torchtrim.run, rule=Fraction(0.2))
@@ -175,7 +175,7 @@ for killed in range(1, 100):
 def test_killed_at_any_write(tmp_path) -> None:
     """When a file is written under its temporary name, and all before it are there."""
     work = Work("BatchNorm")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, check=True, timeout=100)
     places = sorted(path for path in tmp_path.iterdir() if path.name.isdecimal())
     assert len(places) == 13 + 1
@@ -339,9 +339,37 @@ def test_resume_of_nothing_starts(tmp_path) -> None:
     assert len(work.run(work.ancestor(), tmp_path / "empty", rounds=1, overwrite=True)) == 1
 
 
+def test_a_request_that_fails_does_not_use_the_directory(tmp_path) -> None:
+    work = Work("BatchNorm")
+    with pytest.raises(PlanError, match="unknown layer 'fc9'"):
+        work.run(work.ancestor(), tmp_path / "run", layers=["fc9"])
+    with pytest.raises(PlanError, match="unknown criterion"):
+        work.run(work.ancestor(), tmp_path / "new", criterion="apos")
+    assert not (tmp_path / "new").exists()
+    assert len(work.run(work.ancestor(), tmp_path / "run", rounds=1, layers=["a"])) == 1
+
+
+def test_what_is_asked_is_the_same_in_another_process(tmp_path) -> None:
+    """The address of a function or an object would differ."""
+
+    class Rule:
+        def choose(self, scores: np.ndarray, /) -> np.ndarray:
+            return Fraction(0.2).choose(scores)
+
+    for place, rule in enumerate((Rule(), Rule())):
+        criterion = partial(torchtrim.criteria.apoz)
+        Work("BatchNorm").run(
+            Work("BatchNorm").ancestor(), tmp_path / str(place), rounds=1, rule=rule, criterion=criterion
+        )
+    one, other = (json.loads((tmp_path / place / "run.json").read_text())["settings"] for place in "01")
+    assert one == other
+    assert one["criterion"] == "functools.partial(<function apoz>)"
+
+
 def test_differing_settings_are_listed(tmp_path) -> None:
     asked = {"rule": "mean", "layers": ("a", "b"), "seed": 0, "epochs": 4, "data": {"name": "mnist"}}
-    RunDirectory.open(tmp_path, asked, {"rounds": 3}).close()
+    with RunDirectory.open(tmp_path, asked, {"rounds": 3}) as kept:
+        kept.keep_ancestor(nn.Linear(1, 1), {})
     RunDirectory.open(tmp_path, asked, {"rounds": 4, "compression": 2}, resume=True).close()
     changed = {"rule": "fraction", "layers": ["a", "b"], "seed": 0, "batch": None, "data": {"name": "folder"}}
     with pytest.raises(StoreError, match="asked otherwise; resume it with the same settings") as caught:
@@ -360,7 +388,7 @@ def test_differing_settings_are_listed(tmp_path) -> None:
 def test_layers_and_criteria_are_settings_too(used) -> None:
     work = Work("BatchNorm")
     with pytest.raises(StoreError) as caught:
-        work.run(work.fresh(), used, resume=True, layers=Progressive(1), criterion="l1", seed=3)
+        work.run(work.fresh(), used, resume=True, layers=Progressive(1), criterion="l1_norm", seed=3)
     assert [line.strip().partition(":")[0] for line in str(caught.value).splitlines()[1:]] == [
         *("layers", "criterion", "seed")
     ]
@@ -374,6 +402,7 @@ def test_another_version_warns(used, monkeypatch) -> None:
 
 def test_one_process_at_a_time(tmp_path) -> None:
     kept = RunDirectory.open(tmp_path, {})
+    kept.keep_ancestor(nn.Linear(1, 1), {})
     for flags in ({"resume": True}, {"overwrite": True}):
         with pytest.raises(StoreError, match="works in it already"):
             RunDirectory.open(tmp_path, {}, **flags)

@@ -1,5 +1,6 @@
 """What was done to a trimmed model since its ancestor; kept on the model itself, so that copies carry it too."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,12 +41,16 @@ def remember(model: nn.Module, trimmed: nn.Module, plan: Plan) -> None:
     before = history(model)
     attributes = {name: dict(values) for name, values in before.attributes.items()}
     for (name, old), new in zip(model.named_modules(), trimmed.modules(), strict=True):
-        changed = {key: value for key, value in vars(new).items() if describes(value) and vars(old).get(key) != value}
+        changed = {
+            key: copy.copy(value)
+            for key, value in vars(new).items()
+            if describes(value) and vars(old).get(key) != value
+        }
         if changed:
             attributes[name] = attributes.get(name, {}) | changed
     set_history(trimmed, History((*before.plans, plan), before.shapes, attributes))
 
 
 def describes(value: Any) -> bool:
-    """Whether an attribute can be a width or several; tuples of anything else may not even compare."""
-    return type(value) is int or (isinstance(value, tuple) and all(type(entry) is int for entry in value))
+    """Whether an attribute can be a width or several; sequences of anything else may not even compare."""
+    return type(value) is int or (isinstance(value, (list, tuple)) and all(type(entry) is int for entry in value))

@@ -8,6 +8,7 @@ metrics.json          the numbers of the ancestor and of all rounds, for people 
 
 import json
 import platform
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -63,19 +64,16 @@ def run(
     Raises StoreError when the directory cannot be used, and what `iterate` raises.
     """
     settings = {
-        "rule": repr(rule),
-        "layers": repr(layers) if isinstance(layers, Progressive) else layers and list(layers),
-        "criterion": criterion if isinstance(criterion, str) else _name(criterion),
+        "rule": _name(rule),
+        "layers": _name(layers) if isinstance(layers, Progressive) else layers and list(layers),
+        "criterion": _name(criteria.resolve(criterion)),
         "seed": seed,
     }
     with RunDirectory.open(directory, settings, asdict(stop), resume=resume, overwrite=overwrite) as kept:
         ancestor = kept.ancestor(model)
-        if ancestor is None:
-            ancestor = model
-            kept.keep_ancestor(model, {})
         done = kept.rounds(model)
         rounds = iterate(
-            ancestor,
+            model if ancestor is None else ancestor,
             example,
             batches,
             retrain=retrain,
@@ -89,6 +87,8 @@ def run(
             seed=seed,
             done=done,
         )
+        if ancestor is None:
+            kept.keep_ancestor(model, {})
         return [*done, *kept.record(rounds)]
 
 
@@ -136,17 +136,21 @@ class RunDirectory:
 
     def _begin(self, asked: dict[str, Any], resume: bool, overwrite: bool) -> None:
         before = _read_json(self.path / _RUN, _FORMAT) if (self.path / _RUN).exists() else None
-        if before is not None and not resume and not overwrite:
+        used = (self.path / _ANCESTOR).exists() or any(
+            (place / _METRICS).exists() for place in _round_places(self.path).values()
+        )
+        if before is not None and used and not resume and not overwrite:
             whole = sum(1 for _ in _whole_rounds(self.path))
             raise StoreError(
                 f"{self.path}: expected an unused directory, found a run with {whole} whole "
                 f"round{'s' * (whole != 1)}; pass --resume to go on with it, --overwrite to drop it, or another --out"
             )
-        if before is not None and resume:
+        goes_on = before is not None and used and resume
+        if before is not None and goes_on:
             _check_asked(self.path, asked["settings"], before)
-        self._drop_leftovers(everything=not resume)
+        self._drop_leftovers(everything=not goes_on)
         versions = {"torchtrim": library_version(), "torch": torch.__version__, "python": platform.python_version()}
-        made = before["versions"] if before is not None and resume else versions
+        made = before["versions"] if before is not None and goes_on else versions
         if made != versions:
             warnings.warn(
                 f"{self.path}: the run began with {_listed(made)} and goes on with {_listed(versions)}; its result may "
@@ -377,5 +381,8 @@ def _remove(place: Path, names: Iterable[str]) -> None:
             entry.unlink()
 
 
-def _name(function: Any) -> str:
-    return f"{function.__module__}.{function.__qualname__}" if hasattr(function, "__qualname__") else repr(function)
+def _name(chosen: Any) -> str:
+    """What is the same in another process: a function's name, or what an object says of itself without its address."""
+    if hasattr(chosen, "__qualname__"):
+        return f"{chosen.__module__}.{chosen.__qualname__}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(chosen))

@@ -7,7 +7,7 @@ import copy
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def is_saved_model(path: str | Path) -> bool:
     try:
         with safe_open(str(path), "pt") as file:
             content = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-    except (OSError, SafetensorError, ValueError):
+    except (OSError, SafetensorError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("format") == _FORMAT
 
@@ -154,7 +154,7 @@ class _Content:
             )
         try:
             shapes = {name: tuple(map(int, shape)) for name, shape in content["shapes"].items()}
-            attributes = {name: _plain(values) for name, values in content["attributes"].items()}
+            attributes = {name: dict(values) for name, values in content["attributes"].items()}
             plans = tuple(Plan.from_json(json.dumps(plan)) for plan in content["plans"])
             parsed = cls(
                 History(plans, shapes, attributes),
@@ -209,10 +209,12 @@ def _read(model: nn.Module, path: Path) -> tuple[nn.Module, _Content]:
     for name in content.tied:
         _tie(loaded, name, content.tied[name])
     modules = dict(loaded.named_modules())
-    for name, values in content.history.attributes.items():
+    attributes = {name: dict(values) for name, values in content.history.attributes.items()}
+    for name, values in attributes.items():
         for key, value in values.items():
-            setattr(modules[name], key, value)
-    set_history(loaded, content.history)
+            values[key] = tuple(value) if isinstance(vars(modules[name])[key], tuple) else value  # JSON has lists only
+            setattr(modules[name], key, copy.copy(values[key]))
+    set_history(loaded, replace(content.history, attributes=attributes))
     return loaded, content
 
 
@@ -265,7 +267,7 @@ def _check(model: nn.Module, content: _Content, path: Path) -> None:
     for name, values in content.history.attributes.items():
         for key, value in values.items():
             found = vars(modules[name]).get(key) if name in modules else None
-            if not describes(found) or isinstance(found, tuple) != isinstance(value, tuple):
+            if not describes(found) or isinstance(found, int) != isinstance(value, int):
                 place = ".".join(filter(None, (name, key)))
                 faults.append(f"{place}: the file sets it to {value!r}, this model has {found!r}")
     if faults:
@@ -363,13 +365,6 @@ def _tie(model: nn.Module, name: str, first: str) -> None:
     ours, theirs = model.get_submodule(place), model.get_submodule(origin)
     table = "_parameters" if leaf in ours._parameters else "_buffers"
     getattr(ours, table)[leaf] = theirs._parameters.get(source, theirs._buffers.get(source))
-
-
-def _plain(values: Any) -> Any:
-    """JSON has lists only; what was a tuple is one again."""
-    if isinstance(values, dict):
-        return {key: _plain(value) for key, value in values.items()}
-    return tuple(map(_plain, values)) if isinstance(values, list) else copy.copy(values)
 
 
 def _sizes(shape: Iterable[int]) -> str:
