@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -328,7 +329,7 @@ def test_directories_of_others_are_left_alone(tmp_path, flags) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "ten years"
     with pytest.raises(StoreError, match=r"thesis\.tex: cannot be used: Not a directory"):
         RunDirectory.open(tmp_path / "thesis.tex", {}, **flags)
-    with pytest.raises(StoreError, match=r"run: cannot be"):
+    with pytest.raises(StoreError, match=r"run: cannot be (used|changed): Not a directory"):
         RunDirectory.open(tmp_path / "thesis.tex" / "run", {}, **flags)
 
 
@@ -435,6 +436,20 @@ def test_rounds_that_are_damaged_or_missing(used) -> None:
         (used / "metrics.one").rename(used / "round-01" / "metrics.json")
         (used / "round-02" / "metrics.json").unlink()
         assert_same_rounds(done[:1], kept.rounds(work.fresh()))
+
+
+def test_files_in_the_way_are_named(used) -> None:
+    settings = json.loads((used / "run.json").read_text())["settings"]
+    (used / "round-02" / "model.safetensors").unlink()
+    (used / "round-02" / "model.safetensors").mkdir()
+    with pytest.raises(StoreError, match=r"run: cannot be changed: "):
+        RunDirectory.open(used, settings, overwrite=True)
+    shutil.rmtree(used / "round-02")
+    (used / "round-02").write_text("mine")
+    with RunDirectory.open(used, settings, resume=True) as kept:
+        done = kept.rounds(Work("BatchNorm").fresh())
+        with pytest.raises(StoreError, match=r"round-02: cannot be changed: File exists"):
+            list(kept.record([dataclasses.replace(done[0], number=2)]))
 
 
 def test_many_rounds_are_in_order(used) -> None:

@@ -12,6 +12,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -122,10 +123,8 @@ class RunDirectory:
             raise StoreError(f"{place}: expected resume or overwrite, found both; resume keeps what overwrite drops")
         asked = _as_json(place, {"settings": settings, "stop": stop or {}})
         _check_ours(place)
-        try:
+        with _changing(place):
             place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"{place}: cannot be made: {error.strerror}; choose another place") from error
         kept = cls(place, hold(place / _LOCK))
         try:
             kept._begin(asked, resume, overwrite)
@@ -148,7 +147,8 @@ class RunDirectory:
         goes_on = before is not None and used and resume
         if before is not None and goes_on:
             _check_asked(self.path, asked["settings"], before)
-        self._drop_leftovers(everything=not goes_on)
+        with _changing(self.path):
+            self._drop_leftovers(everything=not goes_on)
         versions = {"torchtrim": library_version(), "torch": torch.__version__, "python": platform.python_version()}
         made = before["versions"] if before is not None and goes_on else versions
         if made != versions:
@@ -218,7 +218,8 @@ class RunDirectory:
             place = self.path / f"round-{done.number:02}"
             if (place / _METRICS).exists():
                 raise StoreError(f"{place}: round {done.number} is there already; hand the rounds so far to the loop")
-            place.mkdir(exist_ok=True)
+            with _changing(place):
+                place.mkdir(exist_ok=True)
             write_whole(place / "plan.json", done.plan.to_json() + "\n")
             done.profile.save(place / "profile.safetensors")
             write_model(done.model, place / "model.safetensors", {})
@@ -372,6 +373,14 @@ def _read_json(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != kind or content.get("version") != _VERSION:
         raise StoreError(f"{path}: expected {kind} of version {_VERSION}, found another file; choose another --out")
     return content
+
+
+@contextmanager
+def _changing(place: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{place}: cannot be changed: {error.strerror or error}; choose another --out") from error
 
 
 def _remove(place: Path, names: Iterable[str]) -> None:
