@@ -62,6 +62,18 @@ def test_says_where_it_cannot_write(tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["directory"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="directories are not flushed there")
+def test_the_content_is_on_the_disk_before_the_name_and_the_name_at_the_end(tmp_path, monkeypatch) -> None:
+    flushed: list[tuple[bool, bool]] = []
+
+    def note(handle: int) -> None:
+        flushed.append((stat.S_ISDIR(os.fstat(handle).st_mode), (tmp_path / "file").exists()))
+
+    monkeypatch.setattr(_files.os, "fsync", note)
+    write_whole(tmp_path / "file", "x")
+    assert flushed == [(False, False), (True, True)]
+
+
 def test_partial_files_are_known_by_their_names(tmp_path, monkeypatch) -> None:
     names: list[str] = []
     monkeypatch.setattr(_files.os, "fsync", lambda handle: names.extend(path.name for path in tmp_path.iterdir()))
