@@ -84,6 +84,20 @@ def test_shufflenet_keeps_its_pieces_in_proportion() -> None:
     assert_trim_equals_mask(model, random_plan(graph), images(2, 64), images(1, 96))
 
 
+def test_auxiliary_classifiers_are_trimmed_too() -> None:
+    """In training mode, where they run; dropout off, so that both models draw nothing."""
+    model = built("googlenet").train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    example = images(2, 64)
+    plan = random_plan(torchtrim.trace(model, example))
+    assert {"aux1.fc1", "aux2.fc1"} <= plan.removed.keys()
+    small, silent = torchtrim.trim(model, plan, example), torchtrim.mask(model, plan, example)
+    for found, expected in zip(small(example), silent(example), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_lenet() -> None:
     model = randomised(LeNet())
     graph = torchtrim.trace(model, images(2, 28, 1))

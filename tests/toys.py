@@ -448,6 +448,14 @@ def _(net, x):
     return net.out(torch.cat([a, b, c], 1))
 
 
+@toy("joins of what must stay whole", IMAGES, "b", {"a": "lose everything", "c": "lose everything"}, a=conv(3, 6),
+     one=lambda: nn.GroupNorm(1, 6), c=conv(3, 6), two=lambda: nn.GroupNorm(1, 6), b=conv(12, 8),
+     out=conv(8, 2))  # fmt: skip
+def _(net, x):
+    x = torch.cat([net.one(net.a(x)), net.two(net.c(x))], 1)
+    return net.out(net.b(x.relu()).relu())
+
+
 @toy("cat with an input", IMAGES, "a", a=conv(3, 4), out=conv(7, 2))
 def _(net, x):
     return net.out(torch.cat([x, net.a(x).relu()], 1))

@@ -31,20 +31,25 @@ def _pad(call: Call) -> Labels:
     inputs, padding = call.args[0], call.args[1]
     value = call.argument(2, "value", 0)
     labels = call.labels_of(inputs)
+    amounts = [(inputs.ndim - 1 - i, *padding[2 * i : 2 * i + 2]) for i in range(len(padding) // 2)]
     padded: list[Factor] = []
     for factor in labels.factors:
-        atoms = factor.atoms
-        for index in range(len(padding) // 2):
-            axis = inputs.ndim - 1 - index
-            before, after = padding[2 * index : 2 * index + 2]
-            if not factor.varies(axis) or (before == after == 0):
-                continue
-            atoms = atoms.take(range(max(-before, 0), atoms.shape[axis] - max(-after, 0)), axis)
-            pads = [(0, 0)] * atoms.ndim
-            pads[axis] = max(before, 0), max(after, 0)
-            atoms = np.pad(atoms, pads)
-        padded.append(Factor(atoms, factor.zero and value == 0))
+        current: Factor | None = factor
+        for axis, before, after in amounts:
+            if current and current.varies(axis) and (before or after):
+                current = _padded(call, current, axis, before, after)
+        if current:
+            padded.append(Factor(current.atoms, current.zero and value == 0))
     return labels.with_factors(padded)
+
+
+def _padded(call: Call, factor: Factor, axis: int, before: int, after: int) -> Factor | None:
+    """What is added can never go, unless along another axis, where it goes with its line."""
+    if len(factor.axes()) > 1:
+        return call.fix(factor, axis, "padded")
+    atoms = factor.atoms.take(range(max(-before, 0), factor.atoms.shape[axis] - max(-after, 0)), axis)
+    pads = [(max(before, 0), max(after, 0)) if i == axis else (0, 0) for i in range(atoms.ndim)]
+    return factor.map(np.pad(atoms, pads))
 
 
 # ------------------------------------------------------------------ shapes: simply applied to the labels

@@ -27,17 +27,19 @@ def prove(model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept) 
     misplaced = _misplaced(model, graph, trimmed, kept)
     if misplaced is not None:
         return misplaced
+    settled = _settled(graph)
     for training, steps, demands in _references(model, graph, kept):
         broken = demands.broken_by(kept)
         if broken.size:
             return _cut_layers(graph, kept, set(broken.tolist())), "its data decides what goes together"
-        labels = numbered(model, {n: tuple(_left(a, kept) for a in axes) for n, axes in graph.axes.items()})
+        left = {n: tuple(settled[a[kept[a]]] if a.size > 1 else a for a in axes) for n, axes in graph.axes.items()}
+        labels = numbered(model, left)
         try:
             flow = run(on_device(trimmed, graph.device), graph.example, labels, Ledger(), training=training,
                        device=graph.device)  # fmt: skip
         except RunError as error:
             return _blame_error(graph, kept, steps, error)
-        failure = _compare_steps(graph, kept, steps, flow.steps)
+        failure = _compare_steps(graph, kept, settled, steps, flow.steps)
         if failure is not None:
             return failure
     return None
@@ -73,8 +75,11 @@ def numbered(model: nn.Module, axes: Mapping[str, tuple[Atoms, ...]]) -> dict[st
     return labels
 
 
-def _left(roots: Atoms, kept: Kept) -> Atoms:
-    return roots[kept[roots]] if roots.size > 1 else roots
+def _settled(graph: NeuronGraph) -> Atoms:
+    """For each atom its root, or 0 where that is a whole axis, which can never go and is as good as unlabelled."""
+    every = [roots for axes in graph.axes.values() for roots in axes if roots.size > 1]
+    whole = np.array([roots[0] for roots in every if (roots == roots[0]).all()], np.int64)
+    return np.where(np.isin(graph.root, whole), 0, graph.root)
 
 
 def _references(model: nn.Module, graph: NeuronGraph, kept: Kept) -> Iterable[tuple[bool, Sequence[Step], Ledger]]:
@@ -90,9 +95,11 @@ def _references(model: nn.Module, graph: NeuronGraph, kept: Kept) -> Iterable[tu
         yield training, flow.steps, ledger
 
 
-def _compare_steps(graph: NeuronGraph, kept: Kept, steps: Sequence[Step], trimmed: Sequence[Step]) -> Failure | None:
+def _compare_steps(
+    graph: NeuronGraph, kept: Kept, settled: Atoms, steps: Sequence[Step], trimmed: Sequence[Step]
+) -> Failure | None:
     """Blame all that disagrees, each group by the neurons that do; the reason is the first one's."""
-    expectations = _Expectations(graph.root, kept)
+    expectations = _Expectations(settled, kept)
     blamed: set[int] = set()
     reason = ""
     for index, step in enumerate(steps):
