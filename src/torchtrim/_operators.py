@@ -15,26 +15,6 @@ from torch.utils import _pytree as pytree
 
 from torchtrim._labels import UNIFORM, Atoms, Factor, Labels, Ledger, Shape, fit
 
-Row = Callable[["Call"], "Labels | Sequence[Labels]"]
-
-
-class Table(dict[str, Row]):
-    """Rows by the names of their operators."""
-
-    def of(self, *names: str) -> Callable[[Row], Row]:
-        """Decorate the row of these operators."""
-
-        def register(function: Row) -> Row:
-            for name in names:
-                assert name not in self, name
-                self[name] = function
-            return function
-
-        return register
-
-
-ROWS = Table()
-
 RECTIFIERS = frozenset(["relu", "relu6", "hardtanh", "threshold", "clamp_min", "clamp", "hardswish", "hardsigmoid",
                         "hardshrink", "softshrink"])  # fmt: skip
 SMOOTH = frozenset(["leaky_relu", "prelu", "_prelu_kernel", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish",
@@ -82,6 +62,27 @@ class Call:
             if current:
                 kept.append(current)
         return kept
+
+
+Row = Callable[[Call], Labels | Sequence[Labels]]
+
+
+class Table(dict[str, Row]):
+    """Rows by the names of their operators."""
+
+    def of(self, *names: str) -> Callable[[Row], Row]:
+        """Decorate the row of these operators."""
+
+        def register(function: Row) -> Row:
+            for name in names:
+                assert name not in self, name
+                self[name] = function
+            return function
+
+        return register
+
+
+ROWS = Table()
 
 
 Flags = list[bool | None]  # for each operand: is it 0 where its neuron is silent? None where it knows no such neuron
