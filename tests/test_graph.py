@@ -7,6 +7,7 @@ import torchvision
 from torch import nn
 
 import torchtrim
+from torchtrim import TraceError
 from torchtrim._graph import trial
 from torchtrim._lenet import LeNet
 from toys import TOYS, Net
@@ -104,3 +105,18 @@ def test_a_model_without_values_can_be_traced(name: str) -> None:
     with torch.device(name):
         model = LeNet()
     assert set(torchtrim.trace(model, LENET).locked) == {"fc2"}
+
+
+def test_layers_whose_weight_is_computed_in_an_unknown_way_are_named() -> None:
+    modules = {"a": nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), "out": nn.Linear(4, 2)}
+    graph = torchtrim.trace(Net(lambda net, x: net.out(net.a(x).relu()), modules), torch.zeros(2, 3))
+    assert set(graph.locked) == {"a", "out"}
+    assert "aten::" in graph.locked["a"]
+
+
+def test_a_lazy_layer_must_run_first() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    with pytest.raises(TraceError, match=r"0\.weight has no shape yet.*call it once first"):
+        torchtrim.trace(model, torch.zeros(2, 3))
+    model(torch.zeros(2, 3))
+    assert set(torchtrim.trace(model, torch.zeros(2, 3)).layers) == {"0", "1"}

@@ -28,6 +28,13 @@ def trace(model: nn.Module, example: Any) -> NeuronGraph:
     Raises `TraceError` when the model cannot run on the example. The model is not touched.
     """
     sources = named_tensors(model)
+    lazy = [
+        name
+        for name, tensor in sources.items()
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
+    ]
+    if lazy:
+        raise TraceError(f"{lazy[0]} has no shape yet; expected a model whose lazy layers have run: call it once first")
     axes, count = _number(sources)
     labels = numbered(model, axes)
     ledger = Ledger()
@@ -128,6 +135,10 @@ def _owners(axes: Mapping[str, tuple[Atoms, ...]], produced: Sequence[Atoms]) ->
             parameter, axis = places[int(starts[np.searchsorted(starts, first, "right") - 1])]
             name = _layer_name(parameter)
             owners.setdefault(name, _Owner(name, parameter, axis))
+    for parameter, per_axis in axes.items():
+        name = _layer_name(parameter)
+        if name not in owners and ".parametrizations.weight." in parameter and len(per_axis) > 1:
+            owners[name] = _Owner(name, parameter, 0)  # its weight is computed in a way that hides its neurons
     return list(owners.values())
 
 
