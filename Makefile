@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test slow paper lint types clean
 
 demo: .venv/installed
-	$(BIN)/python examples/train_lenet.py
+	$(BIN)/torchtrim demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest

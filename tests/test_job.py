@@ -107,6 +107,11 @@ def test_a_run_says_a_line_a_round_and_writes_everything(settings: Settings) -> 
     page = (settings.out / "report.md").read_text()
     assert "![" in page
     assert f"| 3 | {widths} |" in page
+    changes = [f"{name} {rounds[0].profile.widths[name]} → {rounds[0].widths[name]}" for name in ("conv2", "fc1")]
+    assert f"\n1. {', '.join(changes)}\n2. " in page
+    weights = settings.out / "round-03" / "model.safetensors"
+    profiled = f"torchtrim profile {settings.source.model} --data {settings.source.data} --weights {weights}"
+    assert lines[-1].strip() == profiled
     assert json.loads((settings.out / "metrics.json").read_text())["ancestor"]["facts"].keys() == {
         "accuracy",
         "seconds",
@@ -314,14 +319,14 @@ def test_silence_is_measured_on_the_calibration_data_and_kept(settings: Settings
         zeros = (opened.model.conv1(inputs).relu() == 0).sum((0, 2, 3))
     assert kept.zeros["conv1"].tolist() == zeros.tolist()
     first = ",".join(Progressive().choose(kept, ()))
-    assert parts[-1] == f"Next: torchtrim run {source.model} --data {source.data} --layers {first}"
+    assert parts[-1] == f"Next: torchtrim run {source.model} --data {source.data} --calibration 20 --layers {first}"
 
 
 def test_an_untrained_model_is_measured_with_a_warning(tmp_path: Path) -> None:
     source = Source("torchvision:squeezenet1_1", write_images(tmp_path / "colours"), resize=32, crop=32)
     with pytest.warns(TorchtrimWarning, match="squeezenet1_1 comes untrained"):
         parts = list(silence(source, MeanPlusStd(1), "apoz", PLAIN, SILENT, None))
-    assert "--train-epochs 4 --layers" in parts[-1]
+    assert "--resize 32 --crop 32 --train-epochs 4 --layers" in parts[-1]
 
 
 def test_a_profile_replaces_nothing_but_a_profile(settings: Settings, tmp_path: Path) -> None:
@@ -391,13 +396,11 @@ def test_the_demo_is_the_papers_experiment(tmp_path: Path) -> None:
 
 
 def test_only_a_demo_is_taken_for_one(tmp_path: Path, settings: Settings) -> None:
-    def asked(described: Any) -> bool:
-        (tmp_path / "run.json").write_text(json.dumps({"settings": described}))
-        return is_demo(tmp_path)
-
     assert not is_demo(tmp_path)
-    assert asked(demo_settings(tmp_path, fast=True, seed=1, device="cpu").described())
-    assert not asked(settings.described())
-    assert not asked([])
-    (tmp_path / "run.json").write_text("{")
-    assert not is_demo(tmp_path)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"settings": demo_settings(tmp_path, fast=True, seed=1, device="cpu").described()}))
+    assert is_demo(tmp_path)
+    for other in (json.dumps({"settings": settings.described()}), "[]", "{"):
+        file.write_text(other)
+        with pytest.raises(StoreError, match="found another run; choose another --out"):
+            is_demo(tmp_path)

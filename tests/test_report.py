@@ -25,7 +25,7 @@ from torchtrim import (
     TorchtrimWarning,
 )
 from torchtrim._loop import Accuracy
-from torchtrim._picture import _limits, _shares, picture
+from torchtrim._picture import _accuracy, _limits, _shares, picture
 from torchtrim._report import Ancestor, RoundTable, advice, profile_table, round_table
 from torchtrim.criteria import LayerProfile
 
@@ -220,6 +220,20 @@ def test_many_layers_and_rounds_and_perfect_accuracy_can_be_drawn() -> None:
     many = [replace(perfect, number=number, cost=cost(1_200 - number, 1, 1)) for number in range(1, 21)]
     image = opened(picture(many, 100.0, rule=Fraction(0.3), criterion="l1_norm"))
     assert image.height < 3_000
+
+
+@pytest.mark.parametrize("values", [(33.33, 33.33), (99.4, 99.6), (0.0, 100.0), (50.0, 99.9)])
+def test_the_accuracy_axis_has_ticks_and_holds_every_value(values: tuple[float, float]) -> None:
+    from matplotlib.figure import Figure
+
+    low, high = values
+    one = replace(rounds(1)[0], test=Accuracy(high, low, high))
+    axes = Figure().subplots()
+    _accuracy(axes, [one], high)
+    bottom, top = axes.get_ylim()
+    assert bottom < low <= high < top
+    assert len(axes.get_yticks()) >= len({low, high})
+    assert all(bottom <= tick <= top for tick in axes.get_yticks())
 
 
 def test_no_rounds_no_picture() -> None:

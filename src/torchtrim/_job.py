@@ -10,7 +10,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,18 @@ def _check_profile_file(out: Path) -> None:
 
 
 def _next_run(source: Source, measured: Profile) -> str:
-    words = ["torchtrim", "run", source.model, "--data", source.data]
-    words += ["--weights", source.weights] if source.weights else ["--train-epochs", "4"] * source.untrained
-    return shlex.join([*words, "--layers", ",".join(Progressive().choose(measured, ()))])
+    training = ["--train-epochs", "4"] if source.untrained else []
+    return _command("run", source, *training, "--layers", ",".join(Progressive().choose(measured, ())))
+
+
+def _command(verb: str, source: Source, *more: str) -> str:
+    """A command line about this source, as one would type it."""
+    words = ["torchtrim", verb, source.model, "--data", source.data]
+    for option in fields(source)[2:]:
+        value = getattr(source, option.name)
+        if value != option.default:
+            words += [f"--{option.name}", str(value)]
+    return shlex.join([*words, *more])
 
 
 def run(
@@ -236,8 +245,8 @@ def _heading(settings: Settings, opened: Opened) -> str:
     else:
         named = ", ".join(layers or ["every layer that can be trimmed"])
     return (
-        f"{settings.source.model} on {settings.source.data}: {sizes[0]:,} examples to train, {sizes[1]:,} to decide on, "
-        f"{sizes[2]:,} to test\n"
+        f"{settings.source.model} on {settings.source.data}: {sizes[0]:,} examples to train, {sizes[1]:,} to decide "
+        f"on, {sizes[2]:,} to test\n"
         f"trims {named} by {settings.criterion}, {settings.rule}\n"
     )
 
@@ -247,10 +256,18 @@ def _write_report(settings: Settings, table: RoundTable, rounds: Sequence[Round]
     title = f"{settings.source.model} on {settings.source.data}"
     drawn = picture(rounds, accuracy, rule=settings.rule, criterion=settings.criterion, title=title)
     parts = [f"# {title}", f"Trimmed by {settings.criterion}, {settings.rule}.", table.markdown(rounds)]
+    parts.append("\n".join(f"{done.number}. {_changes(done)}" for done in rounds))
     if drawn is not None:
         write_whole(settings.out / _PICTURE, drawn)
         parts.append(f"![APoZ by layer and round; accuracy against compression]({_PICTURE})")
     write_whole(settings.out / _PAGE, "\n\n".join(parts) + "\n")
+
+
+def _changes(done: Round) -> str:
+    """What a round removed: `conv2 50 → 43, fc1 500 → 388`."""
+    return ", ".join(
+        f"{name} {layer.width} → {layer.remaining}" for name, layer in done.plan.layers.items() if layer.removed
+    )
 
 
 def best(rounds: Sequence[Round], stop: Stop) -> Round | None:
@@ -279,7 +296,7 @@ def _closing(settings: Settings, rounds: Sequence[Round]) -> str:
         lines += [
             "Next:",
             f'  model = torchtrim.load(YourModel(), "{model}")',
-            f"  torchtrim profile {settings.source.model} --data {settings.source.data} --weights {model}",
+            "  " + _command("profile", replace(settings.source, weights=str(model))),
         ]
     return "\n".join(lines)
 

@@ -130,7 +130,7 @@ def _silence(panel: Any, rounds: Sequence[Round], layers: Sequence[str], across:
     """A ridge of histograms for each layer, one above another as the rounds go down."""
     grid = panel.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
     heights = [h.max() for name in layers for done in rounds for h in _shares(done, name)[:1]]
-    scale = 0.85 / max(heights, default=1)
+    scale = 0.74 / max(heights, default=1)
     for axes, name in zip(grid, layers, strict=False):
         for row, done in enumerate(rounds):
             _ridge(axes, done, name, len(rounds) - 1 - row, scale, limit)
@@ -157,10 +157,10 @@ def _ridge(axes: Any, done: Round, name: str, base: float, scale: float, limit: 
     axes.axhline(base, color=_FAINT, linewidth=0.6)
     above = limit(layer) if name in done.plan.removed else None
     if above is not None and above <= 100:
-        axes.plot([above, above], [base, base + 0.8], color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+        axes.plot([above, above], [base, base + 0.78], color=_INK, linewidth=1, linestyle=(0, (3, 2)))
     plan = done.plan.layers.get(name)
     change = f"{layer.width} → {plan.remaining}" if plan and plan.removed else f"{layer.width}"
-    axes.text(1.5, base + 0.9, change, fontsize=8, va="top", color=_INK)
+    axes.text(1.5, base + 0.97, change, fontsize=8, va="top", color=_INK)
 
 
 def _shares(done: Round, name: str) -> tuple[Floats, Floats]:
@@ -227,5 +227,7 @@ def _limit_accuracy(axes: Any, values: Sequence[float]) -> None:
         apart = not ticks or _opened(ticks[-1]) - _opened(tick) > 0.07 * (high - low + 2 * margin)
         if bottom <= tick <= top and apart:
             ticks.append(tick)
+    if len(ticks) < 2:
+        ticks = sorted({round(value, 2) for value in (min(values), max(values))})
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torchtrim._errors import TorchtrimError
+from torchtrim._errors import StoreError, TorchtrimError
 from torchtrim._loop import Progressive, Stop
 from torchtrim._select import MeanPlusStd, Rule
 from torchtrim._source import Source
@@ -97,9 +97,14 @@ def demo_settings(out: Path, *, fast: bool, seed: int, device: str) -> Settings:
 
 
 def is_demo(out: Path) -> bool:
-    """Whether the directory holds a run of the demo."""
+    """Whether the directory holds a run of the demo. Raises StoreError: it holds another run."""
+    if not (out / "run.json").is_file():
+        return False
     try:
         asked = json.loads((out / "run.json").read_text(encoding="utf-8"))["settings"]
-        return (asked["model"], asked["data"], asked["layers"]) == ("lenet", "mnist", ["conv2", "fc1"])
+        found = asked["model"], asked["data"], asked["layers"]
     except (OSError, ValueError, LookupError, TypeError):
-        return False
+        found = None
+    if found != ("lenet", "mnist", ["conv2", "fc1"]):
+        raise StoreError(f"{out}: expected nothing, or an earlier demo, found another run; choose another --out")
+    return True
