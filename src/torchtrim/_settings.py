@@ -35,13 +35,14 @@ class Settings:
             "layers": f"progressive:{layers.start}" if isinstance(layers, Progressive) else layers and list(layers),
             "rule": str(self.rule),
             "criterion": self.criterion,
-            "training": self.training and _described(self.training),
-            "retraining": _described(self.retraining),
+            **_described("training", self.training),
+            **_described("retraining", self.retraining),
         }
 
 
-def _described(training: Training) -> dict[str, Any]:
-    return {key: value for key, value in vars(training).items() if key != "workers"}
+def _described(name: str, training: Training | None) -> dict[str, Any]:
+    values = {} if training is None else vars(training)
+    return {f"{name}.{key}": value for key, value in values.items() if key != "workers"}
 
 
 def usual_training(data: str) -> Training:

@@ -8,6 +8,7 @@ from torch import nn
 
 from torchtrim._data import Data, load_data
 from torchtrim._errors import ModelError, TorchtrimError, TraceError
+from torchtrim._flow import RunError
 from torchtrim._graph import NeuronGraph, trace
 from torchtrim._models import PRETRAINED, build_model, check_model_name, load_weights, needs_weights
 from torchtrim._training import check_logits
@@ -83,12 +84,16 @@ def _fitting(model: nn.Module, data: Data) -> NeuronGraph:
     try:
         graph = trace(model, data.example)
     except TraceError as error:
-        size = " × ".join(map(str, data.shape))
-        raise TraceError(f"the inputs of {data.name}, of size {size}, do not fit the model: {error}") from error
-    found = check_logits(model, data.example)
-    if found != len(data.classes):
+        size, cause = " × ".join(map(str, data.shape)), error.__cause__
+        found = f"{cause} (in {cause.where})" if isinstance(cause, RunError) else str(error)
+        raise TraceError(
+            f"the inputs of {data.name}, of size {size}, do not fit the model, {type(model).__name__}: {found}; "
+            "use data of the size that the model takes, or another model"
+        ) from error
+    classes = check_logits(model, data.example)
+    if classes != len(data.classes):
         raise ModelError(
-            f"the model tells {found:,} classes apart, the data {data.name} has {len(data.classes):,}; "
+            f"the model tells {classes:,} classes apart, the data {data.name} has {len(data.classes):,}; "
             "use a model with one output for each class, in the order of the data's"
         )
     return graph
