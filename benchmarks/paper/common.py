@@ -102,13 +102,15 @@ class Experiment:
         if figure is not None:
             figure.savefig(self.results / f"{self.name}.png", dpi=130)
             head += f"![{title}]({self.name}.png)\n\n"
+        threads = torch.get_num_threads()
         foot = (
-            f"\nMeasured by `{self.command}` with PyTorch {torch.__version__.partition('+')[0]} on "
-            f"{torch.get_num_threads()} CPU threads. ± is the standard deviation over seeds "
-            f"{', '.join(map(str, self.seeds))}.\n"
+            f"\nMeasured by `{self.command}` with PyTorch {torch.__version__.partition('+')[0]} on {threads} CPU "
+            f"thread{'s' * (threads > 1)}."
         )
+        if len(self.seeds) > 1:
+            foot += f" ± is the standard deviation over seeds {', '.join(map(str, self.seeds))}."
         page = self.results / f"{self.name}.md"
-        page.write_text(head + text.strip() + "\n" + foot, encoding="utf-8")
+        page.write_text(head + text.strip() + "\n" + foot + "\n", encoding="utf-8")
         print(page.read_text(encoding="utf-8"))
 
 

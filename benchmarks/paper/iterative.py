@@ -2,7 +2,7 @@
 
 import statistics
 
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from benchmarks.paper.common import BLUE, GREY, ORANGE, Experiment, at_compression, picture, spread, table
 from torchtrim import Round
@@ -54,8 +54,9 @@ def main() -> None:
                 shares = [100, *[100 * done.widths[layer] / full for done in rounds]]
                 axes[1].plot(range(len(shares)), shares, "o-", c=colour, ms=3)
         axes[1].set(xlabel="round", ylabel="neurons left, %", ylim=(0, 105))
+        axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[1].annotate("CONV2 (of 50)", (7.5, 52), color=BLUE)
-        axes[1].annotate("FC1 (of 500)", (2.0, 38), color=ORANGE)
+        axes[1].annotate("FC1 (of 500)", (0.3, 30), color=ORANGE)
 
     experiment.write(
         "Iterative trimming of LeNet",
