@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from small_data import write_idx, write_model
@@ -21,6 +22,13 @@ from torchtrim._loop import Progressive, Stop
 from torchtrim.cli import app
 
 COMMANDS = ("demo", "run", "profile")
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -120,6 +128,16 @@ def test_run_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert how == {"resume": False, "overwrite": True}
 
 
+def test_threads_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    asked(monkeypatch, "run", "lenet", "--data", "mnist")
+    assert torch.get_num_threads() == 2
+    asked(monkeypatch, "run", "lenet", "--data", "mnist", "--threads", "3")
+    assert torch.get_num_threads() == 3
+    asked(monkeypatch, "demo")
+    assert torch.get_num_threads() == 1
+
+
 def test_run_has_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     settings, how = asked(monkeypatch, "run", "lenet", "--data", "mnist", "--resume")
     assert (settings.layers, settings.training, settings.stop) == (None, None, Stop(rounds=4))
@@ -166,6 +184,7 @@ def test_demo_replaces_only_an_earlier_demo(monkeypatch: pytest.MonkeyPatch, tmp
         ("--resume --overwrite", "expected resume or overwrite, found both"),
         ("--out small.py", "small.py"),
         ("--rounds two", "Invalid value for '--rounds'"),
+        ("--threads 0", "Invalid value for '--threads'"),
         ("--nothing", "No such option: --nothing"),
     ],
 )

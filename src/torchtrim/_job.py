@@ -153,7 +153,7 @@ class _Trimming:
             Ancestor(widths, cost, float(facts["accuracy"]), float(facts["seconds"])),
             [name for name in widths if any(fnmatchcase(name, pattern) for pattern in patterns)],
             batch=LATENCY_BATCH,
-            device=self._opened.device.type,
+            device=_place(self._opened.device),
         )
 
     def rounds(self) -> Iterator[Round]:
@@ -235,6 +235,13 @@ def short(path: Path) -> str:
     """The path as seen from the working directory, where it lies within."""
     absolute, here = path.absolute(), Path.cwd()
     return str(absolute.relative_to(here) if absolute.is_relative_to(here) else path)
+
+
+def _place(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"the GPU, {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"the CPU, with {threads} thread{'s' * (threads != 1)}"
 
 
 def _heading(settings: Settings, opened: Opened) -> str:

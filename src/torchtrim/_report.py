@@ -48,7 +48,7 @@ class RoundTable:
         *,
         batch: int,
         tested: bool = True,
-        device: str = "cpu",
+        device: str = "the CPU",
     ) -> None:
         self._batch = batch
         self._layers = _shown_layers(ancestor.widths, layers)
@@ -67,7 +67,7 @@ class RoundTable:
         self.first = self._cells(0, ancestor.widths, cost, cost, f"{ancestor.accuracy:.2f}", ancestor.seconds)
         self.caption = (
             "Round 0 is the ancestor. Accuracy: right after trimming → after retraining. FLOPs: of one input, a "
-            f"multiplication with its addition as two. Latency: of a batch of {batch} inputs on the {device.upper()}, "
+            f"multiplication with its addition as two. Latency: of a batch of {batch} inputs on {device}, "
             "ancestor and trimmed model timed in turns."
         )
         least = ("", "", "", "100.00×", "99.99 → 100.00", "999.99 M", "9999.99 ms", "10.00×", "9999.9 s")

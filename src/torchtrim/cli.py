@@ -73,6 +73,15 @@ BatchSize = Annotated[
 ]
 Workers = Annotated[int, typer.Option(help="Processes that read images.", rich_help_panel=_TRAIN)]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.", rich_help_panel=_RUN)]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="CPU threads. Without: one for each core, the demo one. On a busy machine few are faster.",
+        rich_help_panel=_RUN,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Decides all that is drawn at random.", rich_help_panel=_RUN)]
 Resume = Annotated[
     bool,
@@ -96,6 +105,7 @@ def demo(
     ] = False,
     seed: Seed = 0,
     device: Device = "auto",
+    threads: Threads = 1,
     out: Annotated[
         Path, typer.Option(help="The run directory; an earlier demo there is replaced.", rich_help_panel=_RUN)
     ] = Path("runs/lenet-mnist"),
@@ -106,7 +116,7 @@ def demo(
         from torchtrim import _job, _settings
 
         settings = _settings.demo_settings(out, fast=fast, seed=seed, device=device)
-        say, progress = _display()
+        say, progress = _display(threads)
         with progress:
             _job.run(settings, say, progress, resume=resume, overwrite=not resume and _settings.is_demo(out))
 
@@ -175,6 +185,7 @@ def run(
     ] = None,
     workers: Workers = 0,
     device: Device = "auto",
+    threads: Threads = None,
     seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="The run directory. Without: runs/MODEL-DATA.", rich_help_panel=_RUN)
@@ -211,7 +222,7 @@ def run(
             rule=parse_rule(rule),
             criterion=criterion,
         )
-        say, progress = _display()
+        say, progress = _display(threads)
         with progress:
             _job.run(settings, say, progress, resume=resume, overwrite=overwrite)
 
@@ -229,6 +240,7 @@ def profile(
     batch_size: BatchSize = None,
     workers: Workers = 0,
     device: Device = "auto",
+    threads: Threads = None,
     seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the profile there (.safetensors).", rich_help_panel=_RUN)
@@ -242,7 +254,7 @@ def profile(
 
         source = Source(model, data, weights, calibration, resize, crop, device, seed)
         reading = _settings.training_for(data, batch_size=batch_size, workers=workers)
-        say, progress = _display()
+        say, progress = _display(threads)
         with progress:
             for part in _job.silence(source, parse_rule(rule), criterion, reading, progress, out):
                 say(part)
@@ -258,10 +270,14 @@ def main() -> None:
     app(prog_name="torchtrim")
 
 
-def _display() -> tuple[Callable[[Any], None], "Progress"]:
-    """How to print to standard output, and a progress display that does not get in its way."""
+def _display(threads: int | None) -> tuple[Callable[[Any], None], "Progress"]:
+    """How to print to standard output, and a progress display that does not get in its way; sets the threads too."""
+    import torch
+
     from torchtrim._training import training_progress
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     terminal = sys.stdout.isatty()
     output = Console(file=sys.stdout, width=None if terminal else 200, highlight=False)
 
