@@ -160,7 +160,7 @@ def _ridge(axes: Any, done: Round, name: str, base: float, scale: float, limit: 
         axes.plot([above, above], [base, base + 0.78], color=_INK, linewidth=1, linestyle=(0, (3, 2)))
     plan = done.plan.layers.get(name)
     change = f"{layer.width} → {plan.remaining}" if plan and plan.removed else f"{layer.width}"
-    axes.text(1.5, base + 0.97, change, fontsize=8, va="top", color=_INK)
+    axes.text(1.5, base + 0.92, change, fontsize=8, va="top", color=_INK)
 
 
 def _shares(done: Round, name: str) -> tuple[Floats, Floats]:
