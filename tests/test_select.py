@@ -162,9 +162,12 @@ def test_locked_layers():
 
 def test_a_layer_tied_to_a_locked_one_is_locked():
     layers = profile(layer("a", [0, 99], group="a"), layer("b", [0, 99], group="a", locked="why"))
-    assert select(layers, rule=Threshold(0.9)).layers == {}
     with pytest.raises(PlanError, match="tied to 'b': why"):
         select(layers, rule=Threshold(0.9), layers=["a"])
+    with pytest.raises(PlanError, match=r"no layer that can be trimmed:\n  a: it is tied to 'b': why\n  b: why"):
+        select(layers, rule=Threshold(0.9))
+    free = profile(layer("c", [0, 99]), *layers.values())
+    assert list(select(free, rule=Threshold(0.9)).layers) == ["c"]
 
 
 def test_tied_layers_go_together_by_their_mean_score():

@@ -29,7 +29,7 @@ def main() -> None:
     for conv, dense, compression in PAPER:
         plan = Plan({CONV5_3: LayerPlan(512, tuple(range(conv, 512))), FC6: LayerPlan(4096, tuple(range(dense, 4096)))})
         small = torchtrim.trim(model, plan, example)
-        cost, first = measure_beside([small, model], example, seconds=3)
+        cost, first = measure_beside([small, model], example, seconds=8)
         rows.append(
             [
                 f"{conv}-{dense}",

@@ -1,5 +1,6 @@
 """What a model costs: parameters, bytes, floating-point operations, and the time of one call."""
 
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -84,6 +85,7 @@ def _latencies(models: Sequence[nn.Module], example: Any, seconds: float) -> lis
     device = next((tensor.device for model in models for tensor in named_tensors(model).values()), torch.device("cpu"))
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), call_arguments(example))
     times: list[list[float]] = [[] for _ in models]
+    order = random.Random(0)
     guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(), guard:
@@ -92,10 +94,11 @@ def _latencies(models: Sequence[nn.Module], example: Any, seconds: float) -> lis
                 model(*args, **kwargs)  # the first call allocates and chooses kernels
             begun = time.perf_counter()
             while len(times[0]) < 5 or time.perf_counter() - begun < seconds * len(models):
-                for model, found in zip(models, times, strict=True):
+                # in another order each turn, since a model finds the caches as the one before left them
+                for index in order.sample(range(len(models)), len(models)):
                     start = _now(device)
-                    model(*args, **kwargs)
-                    found.append(_now(device) - start)
+                    models[index](*args, **kwargs)
+                    times[index].append(_now(device) - start)
     finally:
         for module, mode in modes:
             module.training = mode
