@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from small_data import write_idx, write_model
 from torchtrim import _job, _settings
-from torchtrim._errors import TorchtrimError
 from torchtrim._loop import Progressive, Stop
 from torchtrim.cli import app
+from torchtrim.errors import TorchtrimError
 
 COMMANDS = ("demo", "run", "profile")
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from torchtrim import TraceError, measure
+from torchtrim import measure
 from torchtrim._cost import measure_beside
 from torchtrim._lenet import LeNet
+from torchtrim.errors import TraceError
 
 
 def test_lenet_by_hand() -> None:

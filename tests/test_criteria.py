@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from torchtrim import criteria
-from torchtrim._errors import PlanError, ProfileError
 from torchtrim.criteria import LayerProfile
+from torchtrim.errors import PlanError, ProfileError
 
 
 def profile(name="fc1", **changes):

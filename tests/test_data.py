@@ -14,7 +14,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from torchtrim import _data
 from torchtrim._data import CHECKSUMS, batches, load_data
-from torchtrim._errors import DataError
+from torchtrim.errors import DataError
 
 TRAIN, TEST = 40, 10
 

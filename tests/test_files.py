@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from torchtrim import StoreError, _files
+from torchtrim import _files
 from torchtrim._files import hold, is_partial, write_whole
+from torchtrim.errors import StoreError
 
 HOLDING = """
 import sys

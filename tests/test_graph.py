@@ -7,9 +7,9 @@ import torchvision
 from torch import nn
 
 import torchtrim
-from torchtrim import TraceError
 from torchtrim._graph import trial
 from torchtrim._lenet import LeNet
+from torchtrim.errors import TraceError
 from toys import TOYS, Net
 
 LENET = torch.zeros(2, 1, 28, 28)

@@ -13,21 +13,8 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 from small_data import write_idx, write_images, write_model
-from torchtrim import (
-    MeanPlusStd,
-    PlanError,
-    Profile,
-    Progressive,
-    Stop,
-    StoreError,
-    TorchtrimError,
-    TorchtrimWarning,
-    TraceError,
-    _cost,
-    _loop,
-)
+from torchtrim import MeanPlusStd, Profile, Progressive, Stop, TorchtrimError, TorchtrimWarning, _cost, _loop
 from torchtrim import _job as job
-from torchtrim._errors import ModelError
 from torchtrim._job import run, silence
 from torchtrim._models import build_model, load_weights
 from torchtrim._settings import (
@@ -42,6 +29,7 @@ from torchtrim._settings import (
 )
 from torchtrim._source import Source, open_source
 from torchtrim._training import Training
+from torchtrim.errors import ModelError, PlanError, StoreError, TraceError
 
 PLAIN = Training(epochs=0.5, batch_size=16, mixed_precision="no", shift=0)
 SILENT = Progress(disable=True)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchtrim
-from torchtrim import Fraction, PlanError, Progressive, Round, Stop, TorchtrimError, TraceError, _loop, iterate
+from torchtrim import Fraction, Progressive, Round, Stop, TorchtrimError, _loop, iterate
+from torchtrim.errors import PlanError, TraceError
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ from torch import nn
 
 import torchtrim
 from small_data import write_model
-from torchtrim import LayerPlan, Plan, StoreError
-from torchtrim._errors import ModelError
+from torchtrim import LayerPlan, Plan
 from torchtrim._lenet import LeNet
 from torchtrim._models import build_model, check_model_name, load_weights, needs_weights
 from torchtrim._store import save
+from torchtrim.errors import ModelError, StoreError
 
 
 class Tied(nn.Module):

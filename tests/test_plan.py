@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchtrim._errors import PlanError
 from torchtrim._plan import LayerPlan, Plan
+from torchtrim.errors import PlanError
 
 PLAN = Plan(
     {"conv1": LayerPlan(20, (3, 7)), "classifier.fc1": LayerPlan(500, ())},

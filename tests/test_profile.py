@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchtrim
-from torchtrim import Profile, ProfileError, StoreError, profile
+from torchtrim import Profile, profile
 from torchtrim._lenet import LeNet
+from torchtrim.errors import ProfileError, StoreError
 
 
 def images(count: int = 7, size: int = 28, channels: int = 1, seed: int = 0) -> Tensor:
@@ -58,7 +59,9 @@ def test_moments_and_norms() -> None:
         torch.testing.assert_close(torch.from_numpy(found.mean), values.mean((0, 2, 3)))
         torch.testing.assert_close(torch.from_numpy(found.mean_square), values.square().mean((0, 2, 3)))
         torch.testing.assert_close(torch.from_numpy(found.incoming_l1), model.conv1.weight.abs().sum((1, 2, 3)))
-        torch.testing.assert_close(torch.from_numpy(found.outgoing_l2), model.conv2.weight.square().sum((0, 2, 3)).sqrt())
+        torch.testing.assert_close(
+            torch.from_numpy(found.outgoing_l2), model.conv2.weight.square().sum((0, 2, 3)).sqrt()
+        )
     behind_flatten = profile(model, [inputs])["conv2"].outgoing_l1
     expected = model.fc1.weight.detach().abs().sum(0).reshape(50, 16).sum(1)
     torch.testing.assert_close(torch.from_numpy(behind_flatten), expected)

@@ -17,8 +17,9 @@ from torch import nn
 
 import torchtrim
 from test_store import MODELS, assert_same, made
-from torchtrim import Fraction, PlanError, Progressive, Round, Stop, StoreError, TorchtrimWarning, _loop, _run_directory
+from torchtrim import Fraction, Progressive, Round, Stop, TorchtrimWarning, _loop, _run_directory
 from torchtrim._run_directory import RunDirectory
+from torchtrim.errors import PlanError, StoreError
 
 run = partial(torchtrim.run, rule=Fraction(0.2))
 

@@ -4,9 +4,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from torchtrim import criteria
-from torchtrim._errors import PlanError
 from torchtrim._select import Fraction, MeanPlusStd, Threshold, parse_rule, select
 from torchtrim.criteria import LayerProfile
+from torchtrim.errors import PlanError
 
 
 def layer(name, zeros, *, group=None, unit=None, locked=None, positions=100):

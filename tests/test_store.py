@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from torchtrim import Fraction, StoreError, load, mask, profile, save, select, trim
+from torchtrim import Fraction, load, mask, profile, save, select, trim
 from torchtrim._flow import named_tensors
 from torchtrim._history import history
 from torchtrim._lenet import LeNet
 from torchtrim._store import is_saved_model, read_facts, read_model, write_model
+from torchtrim.errors import StoreError
 
 IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 VECTORS = IMAGES.flatten(1)[:, :6].contiguous()

@@ -9,8 +9,10 @@ import torchvision
 from torch import nn
 
 import torchtrim
-from torchtrim import LayerPlan, NeuronGraph, Plan, PlanError, TraceError
+from torchtrim import LayerPlan, Plan
 from torchtrim._lenet import LeNet
+from torchtrim._neurons import NeuronGraph
+from torchtrim.errors import PlanError, TraceError
 from toys import Net, assert_trim_equals_mask, random_plan, randomised
 
 OUTPUT = "it is an output of the model"

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from torchtrim._data import load_data
-from torchtrim._errors import TorchtrimError
 from torchtrim._lenet import LeNet
 from torchtrim._training import Training, _loss, _schedule, _shifted, evaluate, train, training_progress
+from torchtrim.errors import TorchtrimError
 
 PLAIN = Training(epochs=2, batch_size=8, mixed_precision="no", shift=0, label_smoothing=0, lr=0.01)
 

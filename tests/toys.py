@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchtrim
-from torchtrim import LayerPlan, NeuronGraph, Plan
+from torchtrim import LayerPlan, Plan
+from torchtrim._neurons import NeuronGraph
 
 OUTPUT = "output of the model"
 

@@ -7,19 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchtrim import criteria
-    from torchtrim._cost import Cost, measure
-    from torchtrim._errors import (
-        DataError,
-        ModelError,
-        PlanError,
-        ProfileError,
-        StoreError,
-        TorchtrimError,
-        TorchtrimWarning,
-        TraceError,
-    )
-    from torchtrim._graph import NeuronGraph, trace
+    from torchtrim import criteria, errors
+    from torchtrim._cost import measure
+    from torchtrim._graph import trace
     from torchtrim._loop import Progressive, Round, Stop, iterate
     from torchtrim._plan import LayerPlan, Plan
     from torchtrim._profile import Profile, profile
@@ -27,28 +17,22 @@ if TYPE_CHECKING:
     from torchtrim._select import Fraction, MeanPlusStd, Threshold, select
     from torchtrim._store import load, save
     from torchtrim._surgery import mask, trim
+    from torchtrim.errors import TorchtrimError, TorchtrimWarning
 
 __all__ = [
-    "Cost",
-    "DataError",
     "Fraction",
     "LayerPlan",
     "MeanPlusStd",
-    "ModelError",
-    "NeuronGraph",
     "Plan",
-    "PlanError",
     "Profile",
-    "ProfileError",
     "Progressive",
     "Round",
     "Stop",
-    "StoreError",
     "Threshold",
     "TorchtrimError",
     "TorchtrimWarning",
-    "TraceError",
     "criteria",
+    "errors",
     "iterate",
     "load",
     "mask",
@@ -62,9 +46,8 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "_cost": "Cost measure",
-    "_errors": "DataError ModelError PlanError ProfileError StoreError TorchtrimError TorchtrimWarning TraceError",
-    "_graph": "NeuronGraph trace",
+    "_cost": "measure",
+    "_graph": "trace",
     "_loop": "Progressive Round Stop iterate",
     "_plan": "LayerPlan Plan",
     "_profile": "Profile profile",
@@ -73,6 +56,7 @@ _ROOMS = {
     "_store": "load save",
     "_surgery": "mask trim",
     "criteria": "criteria",
+    "errors": "errors TorchtrimError TorchtrimWarning",
 }
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}
 

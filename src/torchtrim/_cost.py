@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchtrim._errors import TraceError
 from torchtrim._flow import call_arguments, named_tensors, rebuild
+from torchtrim.errors import TraceError
 
 
 @dataclass(frozen=True)

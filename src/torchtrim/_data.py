@@ -25,7 +25,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from torchtrim._errors import DataError, nearest
+from torchtrim.errors import DataError, nearest
 
 SPECIFICATIONS = ("mnist", "idx:DIR", "imagefolder:DIR")
 MIRRORS = (

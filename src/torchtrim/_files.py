@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from torchtrim._errors import StoreError
+from torchtrim.errors import StoreError
 
 try:
     import fcntl

@@ -16,7 +16,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrim import _operators, _operators_products, _operators_shapes, _operators_statistics
-from torchtrim._errors import TraceError
 from torchtrim._labels import UNKNOWN, Atoms, Factor, Labels, Ledger, Shape
 from torchtrim._operators import (
     FACTORIES,
@@ -30,6 +29,7 @@ from torchtrim._operators import (
     tensors,
     unknown,
 )
+from torchtrim.errors import TraceError
 
 TABLE = Table(_operators.ROWS | _operators_products.ROWS | _operators_shapes.ROWS | _operators_statistics.ROWS)
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from torchtrim._errors import TraceError
 from torchtrim._flow import Flow, RunError, named_tensors, rebuild, run
 from torchtrim._labels import Atoms, Labels, Ledger
 from torchtrim._neurons import Kept, Layer, NeuronGraph, cut, memory_of
 from torchtrim._proof import Failure, numbered, on_device, prove
 from torchtrim._surgery_attributes import descriptions, set_attributes
+from torchtrim.errors import TraceError
 
 __all__ = ["Layer", "NeuronGraph", "trace", "trial"]
 

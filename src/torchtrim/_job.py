@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchtrim import criteria
 from torchtrim._cost import measure
 from torchtrim._data import batches
-from torchtrim._errors import ModelError, StoreError, TorchtrimWarning
 from torchtrim._files import write_whole
 from torchtrim._graph import trace
 from torchtrim._loop import Progressive, Round, Stop, iterate
@@ -35,6 +34,7 @@ from torchtrim._select import Rule, check_layers
 from torchtrim._settings import Settings
 from torchtrim._source import Opened, Source, open_source
 from torchtrim._training import Training, evaluate, shown, train
+from torchtrim.errors import ModelError, StoreError, TorchtrimWarning
 
 LATENCY_BATCH = 32  # inputs of the batch whose latency is measured
 _PICTURE, _PAGE = _REPORTS = ("report.png", "report.md")

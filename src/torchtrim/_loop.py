@@ -16,7 +16,6 @@ from torch import nn
 
 from torchtrim import criteria
 from torchtrim._cost import Cost, measure_beside
-from torchtrim._errors import TorchtrimError
 from torchtrim._graph import trace
 from torchtrim._history import history
 from torchtrim._plan import Plan
@@ -24,6 +23,7 @@ from torchtrim._profile import Forward, Profile, profile, unmeasured
 from torchtrim._select import Rule, check_layers, select
 from torchtrim._surgery import trim
 from torchtrim.criteria import Criterion
+from torchtrim.errors import TorchtrimError
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from torchtrim import _store
-from torchtrim._errors import ModelError, TorchtrimError, nearest
 from torchtrim._lenet import LeNet
 from torchtrim._neurons import memory_of
+from torchtrim.errors import ModelError, TorchtrimError, nearest
 
 FORMS = ("lenet", "torchvision:NAME", "timm:NAME", "FILE.py:FUNCTION")
 PRETRAINED = "DEFAULT"  # what to say instead of a file of weights

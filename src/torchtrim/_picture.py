@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from torchtrim import criteria
-from torchtrim._errors import TorchtrimWarning
 from torchtrim._loop import Round
 from torchtrim._select import MeanPlusStd, Rule, Threshold
 from torchtrim.criteria import Criterion, Floats, LayerProfile
+from torchtrim.errors import TorchtrimWarning
 
 _KEPT, _REMOVED, _INK, _FAINT = "#4477aa", "#ee7733", "#333333", "#999999"  # told apart by all kinds of eyes
 _BEHIND = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}

@@ -10,7 +10,7 @@ from operator import index
 from types import MappingProxyType
 from typing import Any
 
-from torchtrim._errors import PlanError, nearest
+from torchtrim.errors import PlanError, nearest
 
 _FORMAT = "torchtrim-plan"
 _VERSION = 1

@@ -21,12 +21,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrim._counting import Counts, count
-from torchtrim._errors import ProfileError, StoreError, TraceError
 from torchtrim._files import write_whole
 from torchtrim._flow import Site, named_tensors
 from torchtrim._graph import Layer, NeuronGraph, trace
 from torchtrim._operators import RECTIFIERS, SMOOTH
 from torchtrim.criteria import Floats, Integers, LayerProfile
+from torchtrim.errors import ProfileError, StoreError, TraceError
 
 _FORMAT = "torchtrim-profile"
 _VERSION = 1

@@ -12,12 +12,12 @@ from rich.text import Text
 
 from torchtrim import criteria
 from torchtrim._cost import Cost
-from torchtrim._errors import PlanError
 from torchtrim._loop import Progressive, Round
 from torchtrim._plan import LayerPlan
 from torchtrim._profile import Profile
 from torchtrim._select import Rule, select
 from torchtrim.criteria import Criterion, LayerProfile
+from torchtrim.errors import PlanError
 
 _ALL_WIDTHS = 6  # a model of at most so many layers is written as the widths of all of them, as 20-50-500-10
 _TRIMMED_WIDTHS = 4  # a larger one as those of the layers that are trimmed, if they are at most so many
@@ -108,16 +108,6 @@ class RoundTable:
             f"{ancestor.latency / cost.latency:.2f}×",
             f"{seconds:.1f} s",
         )
-
-
-def round_table(table: RoundTable, rounds: Iterable[Round]) -> Table:
-    """The whole table for a terminal."""
-    shown = Table(caption=table.caption, caption_justify="left", caption_style="dim", header_style="bold")
-    for place, title in enumerate(table.titles):
-        shown.add_column(title, justify="left" if place == 1 else "right", no_wrap=True)
-    for cells in (table.first, *map(table.cells, rounds)):
-        shown.add_row(*cells)
-    return shown
 
 
 def _shown_layers(widths: Mapping[str, int], layers: Sequence[str] | None) -> tuple[str, ...]:

@@ -23,7 +23,6 @@ from torch import nn
 
 from torchtrim import criteria
 from torchtrim._cost import Cost
-from torchtrim._errors import PlanError, StoreError, TorchtrimWarning
 from torchtrim._files import hold, is_partial, write_whole
 from torchtrim._loop import Accuracy, Evaluate, Progressive, Retrain, Round, Stop, iterate
 from torchtrim._plan import Plan
@@ -31,6 +30,7 @@ from torchtrim._profile import Forward, Profile
 from torchtrim._select import Rule
 from torchtrim._store import library_version, read_facts, read_model, write_model
 from torchtrim.criteria import Criterion
+from torchtrim.errors import PlanError, StoreError, TorchtrimWarning
 
 _FORMAT = "torchtrim-run"
 _VERSION = 1

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchtrim import criteria
-from torchtrim._errors import PlanError, nearest
 from torchtrim._plan import LayerPlan, Plan
 from torchtrim.criteria import Criterion, Floats, LayerProfile
+from torchtrim.errors import PlanError, nearest
 
 Booleans: TypeAlias = NDArray[np.bool_]
 

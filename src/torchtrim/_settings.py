@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torchtrim._errors import StoreError, TorchtrimError
 from torchtrim._loop import Progressive, Stop
 from torchtrim._select import MeanPlusStd, Rule
 from torchtrim._source import Source
 from torchtrim._training import Training
+from torchtrim.errors import StoreError, TorchtrimError
 
 
 @dataclass(frozen=True)

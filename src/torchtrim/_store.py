@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torchtrim._errors import PlanError, StoreError, nearest
 from torchtrim._files import write_whole
 from torchtrim._flow import named_tensors, rebuild
 from torchtrim._history import History, describes, history, set_history
 from torchtrim._neurons import memory_of
 from torchtrim._plan import Plan
+from torchtrim.errors import PlanError, StoreError, nearest
 
 _FORMAT = "torchtrim-model"
 _VERSION = 1

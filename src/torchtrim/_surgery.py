@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from torchtrim._errors import PlanError, TorchtrimWarning
 from torchtrim._flow import named_tensors, rebuild
 from torchtrim._graph import trace
 from torchtrim._history import remember
@@ -14,6 +13,7 @@ from torchtrim._neurons import Kept, NeuronGraph, cut, memory_of, silence
 from torchtrim._plan import LayerPlan, Plan
 from torchtrim._proof import prove
 from torchtrim._surgery_attributes import set_attributes
+from torchtrim.errors import PlanError, TorchtrimWarning
 
 
 def trim(model: nn.Module, plan: Plan, example: Any) -> nn.Module:

@@ -20,7 +20,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import Dataset
 
 from torchtrim._data import batches
-from torchtrim._errors import TorchtrimError
+from torchtrim.errors import TorchtrimError
 
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["onecycle", "cosine"]

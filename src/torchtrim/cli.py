@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from torchtrim._errors import TorchtrimError, TorchtrimWarning
+from torchtrim.errors import TorchtrimError, TorchtrimWarning
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from torchtrim._errors import PlanError, ProfileError, nearest
+from torchtrim.errors import PlanError, ProfileError, nearest
 
 __all__ = [
     "Criterion",
