@@ -470,11 +470,10 @@ def _ratio(total: Floats, positions: Integers) -> Floats:
 def _incoming(model: nn.Module, graph: NeuronGraph) -> dict[str, tuple[Floats, Floats]]:
     """L1 and L2 norm of the weights that produce each neuron: float64 [neurons]."""
     tensors = named_tensors(model)
-    norms: dict[str, tuple[Floats, Floats]] = {}
-    for name, layer in graph.layers.items():
-        rows = tensors[layer.parameter].detach().double().movedim(layer.axis, 0).flatten(1)
-        norms[name] = rows.abs().sum(1).cpu().numpy(), rows.square().sum(1).sqrt().cpu().numpy()
-    return norms
+    return {
+        name: (_norms(tensors[layer.parameter], layer.axis, 1), _norms(tensors[layer.parameter], layer.axis, 2))
+        for name, layer in graph.layers.items()
+    }
 
 
 def _outgoing(model: nn.Module, graph: NeuronGraph) -> tuple[Floats, Floats]:
@@ -484,7 +483,15 @@ def _outgoing(model: nn.Module, graph: NeuronGraph) -> tuple[Floats, Floats]:
     for name, parameter in model.named_parameters():
         for axis, roots in enumerate(graph.axes[name] if parameter.ndim > 1 else ()):
             if (name, axis) not in producing and roots.size > 1:
-                columns = parameter.detach().double().movedim(axis, 0).flatten(1)
-                np.add.at(first, roots, columns.abs().sum(1).cpu().numpy())
-                np.add.at(second, roots, columns.square().sum(1).cpu().numpy())
+                np.add.at(first, roots, _norms(parameter, axis, 1))
+                np.add.at(second, roots, _norms(parameter, axis, 2) ** 2)
     return first, np.sqrt(second)
+
+
+def _norms(weight: Tensor, axis: int, order: int) -> Floats:
+    """The norm of each slice along an axis: float64 [slices], summed in single precision at least."""
+    others = [other for other in range(weight.ndim) if other != axis]
+    values = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+    powers = values.abs() if order == 1 else values.square()
+    sums = (powers.sum(others) if others else powers).double().cpu().numpy()
+    return sums if order == 1 else np.sqrt(sums)
