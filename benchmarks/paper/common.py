@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -17,6 +18,7 @@ from torch import nn
 import torchtrim
 from torchtrim import MeanPlusStd, Round, Stop
 from torchtrim._data import Data, batches, load_data
+from torchtrim._files import write_whole
 from torchtrim._lenet import LeNet
 from torchtrim._run_directory import RunDirectory
 from torchtrim._training import Training, evaluate, train, training_progress
@@ -95,6 +97,15 @@ class Experiment:
             )
             return ancestor, [*done, *directory.record(going)]
 
+    def once(self, key: str, work: Callable[[], list[float]]) -> list[float]:
+        """What `work` measured under this key, now or in an earlier run that was interrupted."""
+        place = self.runs / f"{self.name}.json"
+        kept = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+        if key not in kept:
+            kept[key] = work()
+            write_whole(place, json.dumps(kept, indent=1))
+        return kept[key]
+
     def write(self, title: str, text: str, figure: Figure | None = None) -> None:
         """The page and its picture in the folder of results."""
         self.results.mkdir(parents=True, exist_ok=True)
@@ -129,6 +140,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table; all columns but the first are aligned right."""
     lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def curve(
+    axis: Axes, sizes: Sequence[Sequence[float]], values: Sequence[Sequence[float]], label: str, colour: str
+) -> None:
+    """Mean and spread of some values over the mean compression, on a logarithmic axis."""
+    spreads = [statistics.stdev(some) if len(some) > 1 else 0 for some in values]
+    means = [statistics.mean(some) for some in values]
+    axis.errorbar(
+        [statistics.mean(some) for some in sizes], means, spreads, fmt="o-", c=colour, ms=4, capsize=3, label=label
+    )
+    axis.set(xscale="log", xlabel="compression (parameters)")
+    axis.set_xticks([4, 10, 25], ["4", "10", "25"])
+    axis.set_xticks([], minor=True)
 
 
 def picture(columns: int, draw: Callable[[Sequence[Axes]], None]) -> Figure:

@@ -3,6 +3,7 @@
 import copy
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,11 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from benchmarks.paper.common import Experiment, at_compression, spread, table
+from benchmarks.paper.common import BLUE, GREY, ORANGE, Experiment, at_compression, curve, picture, spread, table
+from torchtrim import Round
 from torchtrim._cost import _latencies
 from torchtrim._lenet import LeNet
 
 SIZES = (3.8, 10, 25)
+KINDS = ("whole neurons, dense", "connections, dense", "connections, sparse CSR")
+DIGITS = (2, 2, 0, 0, 2)  # of the figures of `compared`
 LAYERS = ("conv1", "conv2", "fc1", "fc2")
 
 
@@ -59,43 +63,37 @@ class SparseLeNet(nn.Module):
 def main() -> None:
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     experiment = Experiment("benchmarks.paper.connections", __doc__)
-    found: dict[tuple[float, str], list[tuple[float, ...]]] = {}
-    kinds = ("whole neurons, dense", "connections, dense", "connections, sparse CSR")
+    found: dict[tuple[float, str], list[list[float]]] = {(size, kind): [] for size in SIZES for kind in KINDS}
     with experiment.progress:
         for seed in experiment.seeds:
             ancestor, rounds = experiment.iterative(seed)
-            targets = {at_compression(rounds, size).number: size for size in SIZES}
-            pruned = copy.deepcopy(ancestor)
-            for done in rounds[: max(targets)]:
-                prune_to(pruned, done.cost.parameters)
-                experiment.train(
-                    pruned, 1, 1_000 * seed + done.number, f"seed {seed}: connections, round {done.number}"
-                )
-                if done.number in targets:
-                    dense = finished(pruned)
-                    sparse = SparseLeNet(dense).eval()
-                    torch.testing.assert_close(
-                        sparse(images := torch.randn(8, 1, 28, 28)), dense(images), rtol=1e-3, atol=1e-3
-                    )
-                    models = [done.model, dense, sparse]
-                    first, *latencies = _latencies([ancestor, *models], torch.randn(32, 1, 28, 28), 0.5)
-                    for kind, model, latency in zip(kinds, models, latencies, strict=True):
-                        tensors = sparse.tensors() if model is sparse else dict(model.named_parameters())
-                        accuracy = done.test.retrained if model is done.model else experiment.test(dense)
-                        memory = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 1e3
-                        entry = done.compression, accuracy, file_size(tensors) / 1e3, memory, first / latency
-                        found.setdefault((targets[done.number], kind), []).append(entry)
+            work = partial(compared, experiment, ancestor, rounds, seed)
+            figures = iter(experiment.once(f"seed {seed}", work))
+            for size in SIZES:
+                for kind in KINDS:
+                    found[size, kind].append([next(figures) for _ in DIGITS])
+    columns = {key: [list(values) for values in zip(*entries, strict=True)] for key, entries in found.items()}
     rows = [
-        [
-            kind,
-            *(
-                spread(values, digits)
-                for values, digits in zip(zip(*found[size, kind], strict=True), (2, 2, 0, 0, 2), strict=True)
-            ),
-        ]
+        [kind, *(spread(values, digits) for values, digits in zip(columns[size, kind], DIGITS, strict=True))]
         for size in SIZES
-        for kind in kinds
+        for kind in KINDS
     ]
+
+    def draw(axes) -> None:
+        for axis, which, title in (
+            (axes[0], 1, "test accuracy, %"),
+            (axes[1], 2, "file, kB"),
+            (axes[2], 4, "speed-up"),
+        ):
+            for kind, colour in zip(KINDS, (BLUE, GREY, ORANGE), strict=True):
+                chosen = [columns[size, kind] for size in SIZES]
+                curve(axis, [column[0] for column in chosen], [column[which] for column in chosen], kind, colour)
+            axis.set(ylabel=title)
+        axes[1].set(yscale="log")
+        axes[2].set(ylim=(0, None))
+        axes[2].axhline(1, c=GREY, lw=0.8)
+        axes[0].legend(frameon=False)
+
     head = ["network", "compression", "test accuracy, %", "file, kB", "weights in memory, kB", "speed-up"]
     experiment.write(
         "Whole neurons against single connections",
@@ -107,7 +105,33 @@ epoch of retraining a round. Each is then run dense, with its zeros, and as spar
 in turns.
 
 {table(head, rows)}""",
+        picture(3, draw),
     )
+
+
+def compared(experiment: Experiment, ancestor: nn.Module, rounds: list[Round], seed: int) -> list[float]:
+    """Compression, accuracy, kB on disk, kB in memory, speed-up; of each kind at each size, one after the other."""
+    targets = {at_compression(rounds, size).number for size in SIZES}
+    pruned = copy.deepcopy(ancestor)
+    figures: list[float] = []
+    for done in rounds[: max(targets)]:
+        prune_to(pruned, done.cost.parameters)
+        experiment.train(pruned, 1, 1_000 * seed + done.number, f"seed {seed}: connections, round {done.number}")
+        if done.number not in targets:
+            continue
+        dense = finished(pruned)
+        sparse = SparseLeNet(dense).eval()
+        images = torch.randn(32, 1, 28, 28)
+        torch.testing.assert_close(sparse(images), dense(images), rtol=1e-3, atol=1e-3)
+        models = [done.model, dense, sparse]
+        first, *latencies = _latencies([ancestor, *models], images, 0.5)
+        accuracy = experiment.test(dense)
+        for model, latency in zip(models, latencies, strict=True):
+            tensors = sparse.tensors() if model is sparse else dict(model.named_parameters())
+            memory = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            tested = done.test.retrained if model is done.model else accuracy
+            figures += [done.compression, tested, file_size(tensors) / 1e3, memory / 1e3, first / latency]
+    return figures
 
 
 def prune_to(model: nn.Module, parameters: int) -> None:

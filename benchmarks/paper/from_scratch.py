@@ -1,47 +1,70 @@
 """Surviving weights against training from scratch: the same trimmed architecture, at equal epochs."""
 
-from benchmarks.paper.common import ANCESTOR_EPOCHS, TRIMMED, Experiment, at_compression, spread, table
+from functools import partial
+
+from torch import nn
+
+from benchmarks.paper.common import (
+    ANCESTOR_EPOCHS,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    TRIMMED,
+    Experiment,
+    at_compression,
+    curve,
+    picture,
+    spread,
+    table,
+)
+from torchtrim import Round
 
 SIZES = (3.8, 10, 25)
+KINDS = {
+    "surviving": "surviving weights, round by round",
+    "last": "from scratch, 1 epoch",
+    "retraining": "from scratch, all retraining's epochs",
+    "total": "from scratch, ancestor's and all retraining's",
+}
 
 
 def main() -> None:
     experiment = Experiment("benchmarks.paper.from_scratch", __doc__)
-    found: dict[tuple[float, str], list[tuple[float, float]]] = {}
-    labels = {
-        "surviving": "surviving weights, trimmed and retrained round by round",
-        "last": "from scratch, epochs of the last round (1)",
-        "retraining": "from scratch, epochs of all retraining",
-        "total": "from scratch, epochs of ancestor and retraining",
-    }
-    compression: dict[float, list[float]] = {}
+    compression: list[list[float]] = [[] for _ in SIZES]
+    accuracy: dict[str, list[list[float]]] = {name: [[] for _ in SIZES] for name in KINDS}
+    zeros: dict[str, list[list[float]]] = {name: [[] for _ in SIZES] for name in KINDS}
     with experiment.progress:
         for seed in experiment.seeds:
             _, rounds = experiment.iterative(seed)
-            for size in SIZES:
+            for place, size in enumerate(SIZES):
                 target = at_compression(rounds, size)
-                compression.setdefault(size, []).append(target.compression)
-                found.setdefault((size, "surviving"), []).append(
-                    (target.test.retrained, silence(experiment, target.model))
-                )
-                widths = tuple(target.widths[layer] for layer in ("conv1", "conv2", "fc1"))
+                compression[place].append(target.compression)
+                accuracy["surviving"][place].append(target.test.retrained)
+                zeros["surviving"][place].append(silence(experiment, target.model))
                 for name, epochs in (
                     ("last", 1),
                     ("retraining", target.number),
                     ("total", ANCESTOR_EPOCHS + target.number),
                 ):
-                    model = experiment.fresh(100 + seed, widths)
-                    experiment.train(model, epochs, 100 + seed, f"seed {seed}: from scratch, {size}×, {epochs} epochs")
-                    found.setdefault((size, name), []).append((experiment.test(model), silence(experiment, model)))
+                    key = f"seed {seed}, {size}×, {epochs} epochs"
+                    tested, silent = experiment.once(key, partial(from_scratch, experiment, target, epochs, seed, key))
+                    accuracy[name][place].append(tested)
+                    zeros[name][place].append(silent)
     rows = [
-        [
-            f"{spread(compression[size])}×, {label}",
-            spread([accuracy for accuracy, _ in found[size, name]]),
-            spread([zeros for _, zeros in found[size, name]]),
-        ]
-        for size in SIZES
-        for name, label in labels.items()
+        [f"{spread(compression[place])}×, {label}", spread(accuracy[name][place]), spread(zeros[name][place])]
+        for place in range(len(SIZES))
+        for name, label in KINDS.items()
     ]
+
+    def draw(axes) -> None:
+        for (name, label), colour in zip(KINDS.items(), (BLUE, GREY, ORANGE, GREEN), strict=True):
+            curve(axes[0], compression, accuracy[name], label, colour)
+            curve(axes[1], compression, zeros[name], label, colour)
+        axes[0].set(ylabel="test accuracy, %")
+        axes[1].set(ylabel="mean APoZ, %", ylim=(50, 105))
+        axes[1].legend(frameon=False, loc="upper right")
+
     experiment.write(
         "Surviving weights against training from scratch",
         f"""
@@ -51,10 +74,17 @@ took together. Mean APoZ is over the neurons of CONV2 and FC1, on the calibratio
 same architecture from scratch ends with more zero activations and lower accuracy.
 
 {table(["network", "test accuracy, %", "mean APoZ, %"], rows)}""",
+        picture(2, draw),
     )
 
 
-def silence(experiment: Experiment, model) -> float:
+def from_scratch(experiment: Experiment, target: Round, epochs: int, seed: int, label: str) -> list[float]:
+    widths = (target.widths["conv1"], target.widths["conv2"], target.widths["fc1"])
+    model = experiment.train(experiment.fresh(100 + seed, widths), epochs, 100 + seed, label)
+    return [experiment.test(model), silence(experiment, model)]
+
+
+def silence(experiment: Experiment, model: nn.Module) -> float:
     """The mean APoZ of the trimmed layers' neurons, in per cent."""
     measured = experiment.profile(model)
     apoz = [value for layer in TRIMMED for value in measured[layer].apoz]

@@ -4,7 +4,7 @@ import torch
 import torchvision
 
 import torchtrim
-from benchmarks.paper.common import Experiment, table
+from benchmarks.paper.common import BLUE, ORANGE, Experiment, picture, table
 from torchtrim import LayerPlan, Plan
 from torchtrim._cost import measure_beside
 
@@ -25,11 +25,15 @@ def main() -> None:
     model = torchvision.models.vgg16().eval()
     example = torch.randn(1, 3, 224, 224)
     before = sum(parameter.numel() for parameter in model.parameters())
+    sizes: list[float] = [1]
+    speedups: list[float] = [1]
     rows = [["512-4096", f"{before:,}", "1.00", "1.00", f"{torchtrim.measure(model, example).flops / 1e9:.2f}", "1.00"]]
     for conv, dense, compression in PAPER:
         plan = Plan({CONV5_3: LayerPlan(512, tuple(range(conv, 512))), FC6: LayerPlan(4096, tuple(range(dense, 4096)))})
         small = torchtrim.trim(model, plan, example)
         cost, first = measure_beside([small, model], example, seconds=8)
+        sizes.append(before / cost.parameters)
+        speedups.append(first.latency / cost.latency)
         rows.append(
             [
                 f"{conv}-{dense}",
@@ -40,6 +44,15 @@ def main() -> None:
                 f"{first.latency / cost.latency:.2f}",
             ]
         )
+
+    def draw(axes) -> None:
+        widths = ["512-4096", *(f"{conv}-{dense}" for conv, dense, _ in PAPER)]
+        axes[0].plot(widths, sizes, "o-", c=BLUE, label="times fewer parameters")
+        axes[0].plot(widths, speedups, "s-", c=ORANGE, label="times faster, one image")
+        axes[0].tick_params("x", rotation=30)
+        axes[0].set(xlabel="CONV5-3 - FC6", ylim=(0, None))
+        axes[0].legend(frameon=False)
+
     head = ["CONV5-3 - FC6", "parameters", "compression", "the paper's", "GFLOPs of an image", "speed-up"]
     experiment.write(
         "VGG-16 at the paper's widths",
@@ -51,6 +64,7 @@ one's, timed in turns. Parameters sit in FC6, operations in the convolutions, so
 and hardly faster.
 
 {table(head, rows)}""",
+        picture(1, draw),
     )
 
 
