@@ -50,6 +50,12 @@ def test_half_precision_sums_do_not_overflow() -> None:
     assert found.square.flatten().tolist() == [4e8, 4e8]
 
 
+def test_squares_that_single_precision_cannot_hold() -> None:
+    found = count(torch.tensor([[1e30, 0.0, torch.finfo(torch.float32).min]]), ())
+    assert found.finite
+    assert found.square.item() == pytest.approx(1e60 + torch.finfo(torch.float32).min ** 2, rel=1e-6)
+
+
 def test_minus_zero_and_subnormals() -> None:
     values = torch.tensor([[0.0, -0.0, 1e-45, 1.0]])
     assert count(values, ()).zeros.item() == 2

@@ -16,16 +16,16 @@ def test_sites_are_activation_calls_in_order() -> None:
     def forward(net: Net, x: Tensor) -> Tensor:
         x = net.act(net.a(x))
         x = F.gelu(net.b(x))
-        return net.out(net.act(net.c(x).clamp(-1, 1)))
+        return net.out(net.act(net.c(x).clamp(0, 1)))
 
     modules = {"a": nn.Linear(3, 4), "b": nn.Linear(4, 5), "c": nn.Linear(5, 6), "out": nn.Linear(6, 2)}
     graph = torchtrim.trace(Net(forward, {**modules, "act": nn.ReLU(inplace=True)}), torch.zeros(2, 3))
-    found = [(site.index, site.name, site.module, site.rectifies, site.shape) for site in graph.sites]
+    found = [(site.index, site.name, site.module, site.kind, site.shape) for site in graph.sites]
     assert found == [
-        (0, "relu", "act", True, (2, 4)),
-        (1, "gelu", "", False, (2, 5)),
-        (2, "clamp", "", True, (2, 6)),
-        (3, "relu", "act", True, (2, 6)),
+        (0, "relu", "act", "rectifier", (2, 4)),
+        (1, "gelu", "", "smooth", (2, 5)),
+        (2, "clamp", "", "rectifier", (2, 6)),
+        (3, "relu", "act", "rectifier", (2, 6)),
     ]
     for site, layer in zip(graph.sites, ["a", "b", "c", "c"], strict=True):
         (factor,) = site.labels.factors

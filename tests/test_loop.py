@@ -138,6 +138,25 @@ def test_goes_on_after_what_is_done() -> None:
     assert rounds(model, done=whole) == []
 
 
+def test_random_batches_do_not_depend_on_what_came_before() -> None:
+    """Data drawn anew each round, and an `evaluate` that draws too, as a DataLoader does."""
+
+    class Drawn:
+        def __iter__(self):
+            return iter([torch.randn(8, 4)])
+
+    def drawing(model: nn.Module) -> float:
+        torch.rand(1)
+        return accuracy(model)
+
+    model = chain()
+    settings = {"retrain": retrain, "evaluate": drawing, "rule": Fraction(0.25), "stop": Stop(3)}
+    whole = list(iterate(model, INPUTS[:2], Drawn(), **settings))
+    torch.rand(5)
+    rest = list(iterate(model, INPUTS[:2], Drawn(), **settings, done=whole[:1]))
+    assert [done.plan for done in whole[1:]] == [done.plan for done in rest]
+
+
 @pytest.mark.parametrize(
     ("stop", "reached"),
     [

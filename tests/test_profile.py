@@ -164,7 +164,7 @@ def test_tokens_and_smooth_activations() -> None:
     model.act = nn.GELU()
     smooth = profile(model, [tokens])
     assert smooth["up"].zeros.sum() == 0
-    assert not smooth.sites["up"][0].rectifies
+    assert smooth.sites["up"][0].kind == "smooth"
 
 
 def test_sizes_may_vary_even_ahead_of_a_flatten() -> None:
@@ -188,6 +188,71 @@ def test_sizes_may_vary_even_ahead_of_a_flatten() -> None:
         expected = sum((model.conv(x) <= 0).sum((0, 2, 3)) for x in (small, large, small))
     np.testing.assert_array_equal(found.zeros, expected)
     assert set(found.positions) == {4 * 36 + 3 * 81}
+
+
+class Branches(nn.Module):
+    """Two hidden layers, of which a call uses one: as it is told, or as its input says."""
+
+    def __init__(self, by_data: bool) -> None:
+        super().__init__()
+        self.one, self.other, self.output = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+        self.by_data = by_data
+
+    def forward(self, inputs: Tensor, second: bool = False) -> Tensor:
+        second = bool(inputs.mean() < 0) if self.by_data else second
+        return self.output((self.other if second else self.one)(inputs).relu())
+
+
+@pytest.mark.parametrize("by_data", [True, False])
+def test_calls_that_go_other_ways_are_told_apart(by_data) -> None:
+    model, inputs = Branches(by_data), torch.randn(16, 4)
+    inputs += 0.5 - inputs.mean()
+    batches = [(inputs, False), (-inputs, True), (inputs, False), (-inputs[:3], True), (inputs[:5], False)]
+    found = profile(model, batches, forward=lambda m, batch: m(batch[0], second=batch[1]))
+    with torch.no_grad():
+        expected = sum((model.one(x) <= 0).sum(0) for x, second in batches if not second)
+    np.testing.assert_array_equal(found["one"].zeros, expected)
+    assert set(found.positions["one"]) == {16 + 16 + 5}
+    assert found.examples == 16 + 16 + 16 + 3 + 5
+
+
+def test_clamps_and_gates_are_no_activations_of_a_layer() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.gate, self.output = nn.Conv2d(1, 6, 3), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, inputs):
+            hidden = F.silu(self.conv(inputs))
+            gates = F.hardsigmoid(self.gate(hidden.mean((2, 3))))
+            pooled = (hidden * gates[..., None, None]).clamp(min=-1e6).mean((2, 3))
+            return self.output(pooled)
+
+    model, inputs = Gated(), images(5, 8)
+    found = profile(model, [inputs])
+    with torch.no_grad():
+        expected = F.silu(model.conv(inputs)).mean((0, 2, 3))
+    np.testing.assert_allclose(found.mean["conv"], expected, rtol=1e-5)
+    assert set(found.positions["conv"]) == {5 * 36}
+    assert [site.kind for site in found.sites["conv"]] == ["smooth", "gate"]
+
+
+def test_what_a_model_caches_can_be_trained_with() -> None:
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.output, self.table = nn.Linear(4, 6), nn.Linear(6, 2), None
+
+        def forward(self, inputs):
+            if self.table is None:
+                self.table = torch.arange(len(inputs), dtype=inputs.dtype, device=inputs.device)[:, None].cos()
+            return self.output((self.hidden(inputs) * self.table).relu())
+
+    model, inputs = Caching(), torch.randn(5, 4)
+    profile(model, [inputs])
+    torchtrim.measure(model, inputs)
+    model(inputs).sum().backward()
+    assert model.hidden.weight.grad is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -315,11 +380,11 @@ def test_save_and_load(tmp_path) -> None:
             np.testing.assert_array_equal(getattr(again[name], key), value)
         assert len(again.sites[name]) == len(found.sites[name])
         for one, other in zip(again.sites[name], found.sites[name], strict=True):
-            assert (one.index, one.operator, one.module, one.rectifies) == (
+            assert (one.index, one.operator, one.module, one.kind) == (
                 other.index,
                 other.operator,
                 other.module,
-                other.rectifies,
+                other.kind,
             )
             np.testing.assert_array_equal(one.zeros, other.zeros)
     rule = torchtrim.MeanPlusStd(1)

@@ -88,7 +88,7 @@ def _latencies(models: Sequence[nn.Module], example: Any, seconds: float) -> lis
     order = random.Random(0)
     guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(), guard:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), guard:
             for model in models:
                 model.eval()
                 model(*args, **kwargs)  # the first call allocates and chooses kernels

@@ -50,6 +50,8 @@ def count(values: Tensor, kept: Sequence[int]) -> Counts:
     wide = values if values.dtype == torch.float64 else values.float()
     total = _sum(wide, inner).double()
     square = _sum(wide.square(), inner).double()
+    if not torch.isfinite(square).all():  # NaN and infinity, or squares that single precision cannot hold
+        total, square = _sum(wide.double(), inner), _sum(wide.double().square(), inner)
     outer = [axis for axis in summed if axis == 0]
     zeros = values == 0
     return Counts(

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrim import _operators, _operators_products, _operators_shapes, _operators_statistics
+from torchtrim._activations import Kind, kind_of
 from torchtrim._labels import UNKNOWN, Atoms, Factor, Labels, Ledger, Shape
 from torchtrim._operators import (
     FACTORIES,
@@ -46,7 +47,7 @@ class Site:
     index: int
     name: str
     module: str
-    rectifies: bool
+    kind: Kind
     shape: Shape
     labels: Labels
 
@@ -132,9 +133,8 @@ class Flow(TorchDispatchMode):
             seen = [(shape_of(t), one) for t, one in zip(operands, self.blamed, strict=True)]
             seen += [(tuple(t.shape), labels_of(t)) for t in results]
             self.steps.append(Step(name, where, constants, tuple(seen)))
-        if name in RECTIFIERS or name in SMOOTH:
-            shape = tuple(results[0].shape)
-            self.sites.append(Site(len(self.sites), name, where, name in RECTIFIERS, shape, labels[0]))
+        if (kind := kind_of(name, args, kwargs)) is not None:
+            self.sites.append(Site(len(self.sites), name, where, kind, tuple(results[0].shape), labels[0]))
         return result
 
     def _without_constants(self, labels: Labels, call: Call) -> Labels:

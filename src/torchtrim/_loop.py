@@ -160,7 +160,8 @@ def iterate(
     """Trim a model round by round; yields a `Round` after each. `model` itself is not changed.
 
     batches: data to measure on, held out of training, read once a round. retrain: trains the model it is given, in
-    place; the global random state is seeded from `seed` and the round's number around it, and restored.
+    place. The global random state of PyTorch is seeded from `seed` and the round's number, for the round as a whole and
+    for retraining anew, and restored.
     evaluate: the accuracy that stop conditions look at; use data that is not the test set. test: an accuracy that
     is only reported. layers: names or patterns, `Progressive(...)`, or None for all that can be trimmed.
     done: rounds of an interrupted loop of the same arguments; it goes on after them, with the same result as without
@@ -199,13 +200,15 @@ class _Settings:
 def _rounds(ancestor: nn.Module, settings: _Settings, done: list[Round]) -> Iterator[Round]:
     last = done[-1] if done else None
     while last is None or not settings.stop.reached(last):
-        last = _round(ancestor, last, settings)
+        number = last.number + 1 if last else 1
+        with _seeded(settings.seed, number):
+            last = _round(ancestor, last, number, settings)
         if last is None:
             return
         yield last
 
 
-def _round(ancestor: nn.Module, last: Round | None, settings: _Settings) -> Round | None:
+def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Settings) -> Round | None:
     """The next round, or None when the rule removes nothing."""
     model = last.model if last else ancestor
     clock = _Clock()
@@ -227,7 +230,6 @@ def _round(ancestor: nn.Module, last: Round | None, settings: _Settings) -> Roun
         return None
     with clock("evaluate"):
         trimmed, trimmed_test = settings.evaluate(small), settings.test and settings.test(small)
-    number = last.number + 1 if last else 1
     with clock("retrain"), _seeded(settings.seed, number):
         settings.retrain(small)
     with clock("evaluate"):

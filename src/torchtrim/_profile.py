@@ -18,6 +18,7 @@ from safetensors.numpy import save as to_safetensors
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torchtrim._activations import KINDS, Kind
 from torchtrim._counting import Counts
 from torchtrim._files import write_whole
 from torchtrim._flow import Site, named_tensors
@@ -36,13 +37,13 @@ class SiteProfile:
     """What one activation call contributed to a layer; zeros, positions: int64 [neurons].
 
     index: the how-manieth activation call of a forward pass. operator, module: what was called, and where.
-    rectifies: whether the operator produces exact zeros, as ReLU does.
+    kind: "rectifier" (ReLU and its kin, which give exact zeros), "smooth" or "gate".
     """
 
     index: int
     operator: str
     module: str
-    rectifies: bool
+    kind: Kind
     zeros: Integers
     positions: Integers
 
@@ -111,7 +112,7 @@ class Profile(Mapping[str, LayerProfile]):
                     "name": layer.name,
                     "group": layer.group,
                     "locked": layer.locked,
-                    "sites": [[site.index, site.operator, site.module, site.rectifies] for site in sites],
+                    "sites": [[site.index, site.operator, site.module, site.kind] for site in sites],
                 }
             )
         content = {"format": _FORMAT, "version": _VERSION, "examples": self.examples, "layers": described}
@@ -142,10 +143,10 @@ class Profile(Mapping[str, LayerProfile]):
                     site,
                     operator,
                     module,
-                    rectifies,
-                    *(arrays[f"{index}.site{at}.{kind}"] for kind in ("zeros", "positions")),
+                    kind,
+                    *(arrays[f"{index}.site{at}.{array}"] for array in ("zeros", "positions")),
                 )
-                for at, (site, operator, module, rectifies) in enumerate(entry["sites"])
+                for at, (site, operator, module, kind) in enumerate(entry["sites"])
             )
         return cls(layers, content["examples"], sites)
 
@@ -180,7 +181,7 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 def profile(model: nn.Module, batches: Iterable[Any], forward: Forward | None = None) -> Profile:
-    """Measure every neuron of a model over data, in one pass, in evaluation and inference mode.
+    """Measure every neuron of a model over data, in one pass, in evaluation mode and without gradients.
 
     batches: any iterable, such as a DataLoader. A batch that is a tensor is the model's input; of a tuple or list the
     first element is; a mapping holds keyword inputs. `forward=lambda model, batch: ...` calls the model otherwise.
@@ -248,8 +249,8 @@ def _result(model: nn.Module, graph: NeuronGraph, totals: Totals, examples: int)
     for name, layer in graph.layers.items():
         reached = [(one.site, found) for one in seen if (found := one.of(layer)) is not None]
         sites[name] = _sites(reached)
-        # zeros say little of a smooth activation beside a rectifying one
-        chosen = [entry for entry in reached if entry[0].rectifies] or reached
+        best = min((KINDS.index(site.kind) for site, _ in reached), default=0)
+        chosen = [entry for entry in reached if KINDS.index(entry[0].kind) == best]
         share = _Share.of_nothing(layer.width)
         for _, part in chosen:
             share = share.plus(part)
@@ -324,7 +325,7 @@ def _sites(reached: list[tuple[Site, _Share]]) -> tuple[SiteProfile, ...]:
     for site, share in reached:
         merged[site.index] = (site, merged[site.index][1].plus(share) if site.index in merged else share)
     return tuple(
-        SiteProfile(site.index, site.name, site.module, site.rectifies, share.zeros, share.positions)
+        SiteProfile(site.index, site.name, site.module, site.kind, share.zeros, share.positions)
         for _, (site, share) in sorted(merged.items())
     )
 

@@ -151,7 +151,7 @@ def evaluate(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     loader = batches(dataset, batch_size, workers=workers)
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    with torch.inference_mode(), _modes_kept(model), shown(progress, label, len(loader)) as show:
+    with torch.no_grad(), _modes_kept(model), shown(progress, label, len(loader)) as show:
         model.eval()
         for inputs, labels in loader:
             correct += (_logits(model(inputs.to(device))).argmax(1) == labels.to(device)).sum()
@@ -162,7 +162,7 @@ def evaluate(
 def check_logits(model: nn.Module, example: Tensor) -> int:
     """How many classes the model tells apart, called with `example`. Raises TorchtrimError: it returns no logits."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with torch.inference_mode(), _modes_kept(model):
+    with torch.no_grad(), _modes_kept(model):
         return _logits(model.eval()(example.to(device))).shape[1]
 
 

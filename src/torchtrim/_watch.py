@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,25 +11,36 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtrim._activations import kind_of
 from torchtrim._counting import Counts, count
 from torchtrim._flow import Site
 from torchtrim._graph import trace
 from torchtrim._neurons import NeuronGraph
-from torchtrim._operators import RECTIFIERS, SMOOTH
 from torchtrim.errors import ProfileError
 
 Totals = dict[tuple[Site, int], Counts]  # by site and by which of its factors
 
 
 class _MisfitError(Exception):
-    """The activations of this call are not those of a call that was traced."""
+    """This call does not go the way that was assumed."""
+
+
+@dataclass(eq=False)
+class _Path:
+    """One way through the model: its activation calls, and which parameters are read before, between and after them.
+
+    `trail`: numbers of parameters, and -1 for an activation; None until the way has been gone once.
+    """
+
+    sites: tuple[Site, ...]
+    trail: list[int] | None = None
 
 
 class Watch(TorchDispatchMode):
     """Counts at the activation calls of a model while it runs.
 
-    Which neurons an activation belongs to is learnt by tracing the first call, and again any call that differs from
-    it where labels matter, such as one with larger images ahead of a flatten.
+    Which neurons an activation belongs to is learnt by tracing the first call, and again any call that goes another
+    way: that reads other parameters, or has larger images ahead of a flatten.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,17 +49,24 @@ class Watch(TorchDispatchMode):
         self.graph: NeuronGraph | None = None
         self.totals: Totals = {}
         self.examples = 0
-        self._known: dict[Any, tuple[Site, ...]] = {}  # by the shapes of a call's inputs
+        self._numbers = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+        self._paths: list[_Path] = []
+        self._usual: dict[Any, _Path] = {}  # by the shapes of the inputs, the path that was gone last
+        self._wrong: set[tuple[int, int]] = set()  # call of this batch and id of a path that it did not go
+        self._call = 0
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
-        self._sites: tuple[Site, ...] | None = None  # of the call in progress
+        self._path: _Path | None = None  # of the call in progress
         self._seen = 0
+        self._trail: list[int] = []
         self._pending: list[tuple[Site, int, Counts]] = []
         self._pending_examples = 0
 
     def run(self, call: Callable[[], Any]) -> None:
         """Call the model, and count the batch as a whole or not at all."""
+        self._wrong.clear()
         while not self._fits(call):
-            self._learn()
+            if self._candidate() is None:
+                self._learn()
         for site, factor, counts in self._pending:
             if not counts.finite:
                 raise ProfileError(
@@ -58,9 +77,9 @@ class Watch(TorchDispatchMode):
         self.examples += self._pending_examples
 
     def _fits(self, call: Callable[[], Any]) -> bool:
-        """Whether the activations were the known ones; `_pending` then holds what was counted at them."""
+        """Whether each call went a known way; `_pending` then holds what was counted on it."""
         self._pending.clear()
-        self._pending_examples = 0
+        self._pending_examples = self._call = 0
         hooks = (
             self.model.register_forward_pre_hook(
                 lambda _, args, kwargs: self._begin(args, kwargs), with_kwargs=True, prepend=True
@@ -68,9 +87,12 @@ class Watch(TorchDispatchMode):
             self.model.register_forward_hook(lambda *_: self._end()),
         )
         try:
-            with torch.inference_mode(), self:
+            # not inference mode: what a model caches there could not be trained with afterwards
+            with torch.no_grad(), self:
                 call()
         except _MisfitError:
+            if self._path is not None:
+                self._wrong.add((self._call, id(self._path)))
             return False
         except Exception as error:
             first = str(error).partition("\n")[0]
@@ -80,54 +102,81 @@ class Watch(TorchDispatchMode):
                 "pass forward=lambda model, batch: ... to call it otherwise"
             ) from error
         finally:
-            self._sites = None
+            self._path = None
             for hook in hooks:
                 hook.remove()
         return True
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._arguments = args, kwargs
-        if self.graph is None:
-            raise _MisfitError
-        self._sites = self._known.get(self._signature(), self.graph.sites)
+        self._path = self._candidate()
         self._seen = 0
+        self._trail = []
+        if self._path is None:
+            raise _MisfitError
 
     def _end(self) -> None:
-        if self._sites is not None and self._seen != len(self._sites):
+        path = self._path
+        if path is None:
+            return
+        if self._seen != len(path.sites) or (path.trail is not None and len(path.trail) != len(self._trail)):
             raise _MisfitError
-        self._sites = None
-        self._pending_examples += next((shape[0] for shape in self._signature() if shape), 1)
+        path.trail = self._trail
+        self._path = None
+        self._usual[self._shapes()] = path
+        self._pending_examples += next((shape[0] for shape in self._shapes() if shape), 1)
+        self._call += 1
+
+    def _candidate(self) -> _Path | None:
+        """A path that this call may go: the one that its like went last, or any other that it has not left yet."""
+        usual = self._usual.get(self._shapes())
+        ordered = self._paths if usual is None else [usual, *self._paths]
+        return next((path for path in ordered if (self._call, id(path)) not in self._wrong), None)
 
     def _learn(self) -> None:
-        signature = self._signature()
-        if signature in self._known:
+        if any(path.trail is None for path in self._paths):
             raise ProfileError(
-                "the model calls other activations than when it was traced on the same input, so that they cannot be "
-                "told apart; make it deterministic in evaluation mode"
+                "the model goes another way than when it was traced on the same input, so that its activations cannot "
+                "be told apart; make it deterministic in evaluation mode"
             )
         graph = trace(self.model, _example(self.model, *self._arguments))
-        self._known[signature] = graph.sites
+        self._paths.append(_Path(graph.sites))
         self.graph = self.graph or graph
 
-    def _signature(self) -> tuple[tuple[int, ...], ...]:
+    def _shapes(self) -> tuple[tuple[int, ...], ...]:
         leaves = pytree.tree_leaves(self._arguments)
         return tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if self._sites is None or func._schema.name.removeprefix("aten::").rstrip("_") not in _ACTIVATIONS:
-            return result
-        if self._seen == len(self._sites):
+        kwargs = kwargs or {}
+        if self._path is not None:
+            for argument in (*args, *kwargs.values()):
+                for item in argument if isinstance(argument, (list, tuple)) else (argument,):
+                    if id(item) in self._numbers:
+                        self._go(self._numbers[id(item)])
+        result = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if self._path is not None and kind_of(name, args, kwargs) is not None:
+            self._go(-1)
+            self._count(self._path, next(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)))
+        return result
+
+    def _go(self, step: int) -> None:
+        trail = self._path and self._path.trail
+        if trail is not None and (len(self._trail) == len(trail) or trail[len(self._trail)] != step):
             raise _MisfitError
-        site = self._sites[self._seen]
+        self._trail.append(step)
+
+    def _count(self, path: _Path, values: Tensor) -> None:
+        if self._seen == len(path.sites):
+            raise _MisfitError
+        site = path.sites[self._seen]
         self._seen += 1
-        values = next(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
         for index, factor in enumerate(site.labels.factors):
             kept = factor.axes()
             if values.ndim != factor.atoms.ndim or any(values.shape[axis] != factor.atoms.shape[axis] for axis in kept):
                 raise _MisfitError
             self._pending.append((site, index, count(values, kept)))
-        return result
 
     def _where(self, site: Site) -> str:
         graph = self.graph
@@ -136,9 +185,6 @@ class Watch(TorchDispatchMode):
         layers = [name for name, layer in graph.layers.items() if not roots.isdisjoint(layer.roots.tolist())]
         place = f"{site.name} in {site.module or 'the model itself'}"
         return f"of layer {layers[0]!r} ({place})" if layers else f"at {place}"
-
-
-_ACTIVATIONS = RECTIFIERS | SMOOTH
 
 
 def _example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
