@@ -13,7 +13,7 @@ import torchtrim._graph
 from torchtrim._flow import named_tensors, rebuild
 from torchtrim._graph import trial
 from torchtrim._lenet import LeNet
-from torchtrim._neurons import Kept, NeuronGraph, cut
+from torchtrim._neurons import Kept, NeuronGraph, cut, silence
 from torchtrim._proof import prove
 from torchtrim._surgery_attributes import set_attributes
 from toys import TOYS, Net
@@ -123,6 +123,43 @@ def test_a_tensor_made_of_a_width(tensor: Callable[[int], Tensor]) -> None:
     modules = {"a": nn.Linear(3, 8), "out": nn.Linear(8, 2)}
     model = Net(lambda net, x: net.out(net.a(x).relu() / tensor(net.a(x).shape[1])), modules)
     assert "a number depends on the width" in torchtrim.trace(model, torch.zeros(2, 3)).locked["a"]
+
+
+def halves(x: Tensor) -> Tensor:
+    return x.view(len(x), -1, 2).transpose(1, 2).flatten(1)
+
+
+def interleaved(x: Tensor) -> Tensor:
+    return x.view(len(x), 2, -1).transpose(1, 2).flatten(1)
+
+
+REORDERED: dict[str, Callable[[Tensor], Tensor]] = {
+    "even and odd": halves,
+    "shuffled": interleaved,
+    "shuffled twice": lambda x: interleaved(interleaved(x)),
+    "shuffled, even and odd": lambda x: halves(interleaved(x)),
+    "rolled": lambda x: x.roll(4, 1) + x,
+    "halves rolled": lambda x: x.roll(1, 1) + x,
+    "swapped halves": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
+}
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_positions_of_one_body_have_an_order(name: str) -> None:
+    """Several copies of a neuron that change places: right, or found out, but never wrong."""
+    modules = {"a": nn.Linear(3, 8), "out": nn.Linear(8, 2)}
+    model = Net(lambda net, x: net.out(REORDERED[name](net.a(x).relu())), modules).double()
+    example = torch.randn(4, 3, dtype=torch.float64)
+    graph = torchtrim.trace(model, example)
+    if graph.layers["a"].locked:
+        return
+    units = np.unique(graph.layers["a"].roots)
+    for left in range(1, 2 ** len(units) - 1):
+        kept = np.ones(len(graph.root), bool)
+        kept[[unit for index, unit in enumerate(units.tolist()) if not left >> index & 1]] = False
+        small = trimmed(model, graph, kept)
+        if prove(model, graph, small, kept) is None:
+            torch.testing.assert_close(small(example), silence(model, graph, kept)(example), rtol=1e-9, atol=1e-12)
 
 
 def test_many_faults_are_found_in_one_pass() -> None:

@@ -51,7 +51,7 @@ def trace(model: nn.Module, example: Any) -> NeuronGraph:
     recordings = tuple((training, tuple(one.steps)) for training, one in flows)
     owners = _owners(axes, [atoms for _, one in flows for atoms in one.produced])
     described = tuple(descriptions(model, ledger, root))
-    graph = NeuronGraph({}, rooted, device, recordings, tuple(flow.sites), root, example, described)
+    graph = NeuronGraph({}, rooted, axes, device, recordings, tuple(flow.sites), root, example, described)
     graph = replace(graph, layers=_layers(owners, rooted, pinned))
     while (failure := _try(model, graph)) is not None:
         blamed, reason = failure

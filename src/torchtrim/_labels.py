@@ -73,9 +73,10 @@ class Size:
 
 
 class Ledger:
-    """What the operators of one or more runs demanded of the atoms."""
+    """What the operators of one or more runs demanded of the atoms. `root`: what is settled already."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Atoms | None = None) -> None:
+        self._root = root
         self._ones: list[Atoms] = []
         self._others: list[Atoms] = []
         self._pins: list[tuple[Atoms, str]] = []
@@ -106,6 +107,10 @@ class Ledger:
         first = atoms.take([0], axis)
         self.unite(first, atoms, reason)
         return first
+
+    def tied(self, atoms: Atoms) -> Atoms:
+        """The atoms with size 1 along axes on which they are known to be one neuron: in a proof, all that are."""
+        return compress(atoms if self._root is None else self._root[atoms])
 
     def keep_rectangular(self, atoms: Atoms, reason: str) -> None:
         """One axis was cut into several: what goes must be whole lines along one of them; `resolve` says which."""

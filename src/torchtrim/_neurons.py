@@ -55,10 +55,14 @@ class Description:
 
 @dataclass(frozen=True, eq=False)
 class NeuronGraph:
-    """What `trace` found. `layers` in the order of execution; tied layers share a `group` (its first layer's name)."""
+    """What `trace` found. `layers` in the order of execution; tied layers share a `group` (its first layer's name).
+
+    `axes`: the roots of every axis of every tensor; `atoms`: the atoms that these are the roots of.
+    """
 
     layers: Mapping[str, Layer]
     axes: Mapping[str, tuple[Atoms, ...]]
+    atoms: Mapping[str, tuple[Atoms, ...]]
     device: str
     recordings: tuple[tuple[bool, tuple[Step, ...]], ...]
     sites: tuple[Site, ...]

@@ -145,7 +145,7 @@ def _convolution(call: Call) -> Labels:
     data = _data_of(call, x, inputs.ndim, groups, ins)
     weights = _weights_of(call, w, inputs.ndim, groups, ins, outs)
     if groups > 1:
-        data, weights = _tied_groups(call, data, weights, _whole_groups_go(data, groups, ins, outs))
+        data, weights = _tied_groups(call, data, weights, _whole_groups_go(call, data, groups, ins, outs))
     operands: list[Operand] = [
         (data, (inputs.shape[0], groups, 1, ins), x.uniform),
         (weights, (1, groups, outs, ins), w.uniform),
@@ -184,14 +184,15 @@ def _split(atoms: Atoms, axis: int, groups: int, size: int) -> Atoms:
     return atoms.reshape(*atoms.shape[:axis], *cut, *atoms.shape[axis + 1 :])
 
 
-def _whole_groups_go(data: Sequence[Factor], groups: int, ins: int, outs: int) -> bool:
+def _whole_groups_go(call: Call, data: Sequence[Factor], groups: int, ins: int, outs: int) -> bool:
     """Whether whole groups go, or the same positions of every group: as tied so far, otherwise the finer.
 
     What is tied already decides first, so that a trimmed model is read as its original was.
     """
-    if data and not any(f.varies(3) for f in data):
+    tied = [atoms for f in data if (atoms := call.ledger.tied(f.atoms)).size > 1]
+    if tied and all(atoms.shape[3] == 1 for atoms in tied):
         return True
-    if data and not any(f.varies(1) for f in data):
+    if tied and all(atoms.shape[1] == 1 for atoms in tied):
         return False
     return groups >= max(ins, outs)
 

@@ -6,7 +6,7 @@ demanded of the labels was settled by the trace, so that equal labels mean equal
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,14 +28,13 @@ def prove(model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept) 
     if misplaced is not None:
         return misplaced
     settled = _settled(graph)
+    labels = numbered(model, _left(graph, kept))
     for training, steps, demands in _references(model, graph, kept):
-        broken = demands.broken_by(kept)
+        broken = demands.broken_by(kept[graph.root])
         if broken.size:
-            return _cut_layers(graph, kept, set(broken.tolist())), "its data decides what goes together"
-        left = {n: tuple(settled[a[kept[a]]] if a.size > 1 else a for a in axes) for n, axes in graph.axes.items()}
-        labels = numbered(model, left)
+            return _cut_layers(graph, kept, set(graph.root[broken].tolist())), "its data decides what goes together"
         try:
-            flow = run(on_device(trimmed, graph.device), graph.example, labels, Ledger(), training=training,
+            flow = run(on_device(trimmed, graph.device), graph.example, labels, Ledger(settled), training=training,
                        device=graph.device)  # fmt: skip
         except RunError as error:
             return _blame_error(graph, kept, steps, error)
@@ -75,6 +74,14 @@ def numbered(model: nn.Module, axes: Mapping[str, tuple[Atoms, ...]]) -> dict[st
     return labels
 
 
+def _left(graph: NeuronGraph, kept: Kept) -> dict[str, tuple[Atoms, ...]]:
+    """The atoms of every axis of every tensor that are left."""
+    return {
+        name: tuple(a[kept[roots]] if roots.size > 1 else a for a, roots in zip(graph.atoms[name], axes, strict=True))
+        for name, axes in graph.axes.items()
+    }
+
+
 def _settled(graph: NeuronGraph) -> Atoms:
     """For each atom its root, or 0 where that is a whole axis, which can never go and is as good as unlabelled."""
     every = [roots for axes in graph.axes.values() for roots in axes if roots.size > 1]
@@ -90,8 +97,8 @@ def _references(model: nn.Module, graph: NeuronGraph, kept: Kept) -> Iterable[tu
     silent = silence(model, graph, kept)
     for training, _ in graph.recordings:
         copy = on_device(silent, graph.device)
-        ledger = Ledger()
-        flow = run(copy, graph.example, numbered(model, graph.axes), ledger, training=training, device=graph.device)
+        ledger = Ledger(_settled(graph))
+        flow = run(copy, graph.example, numbered(model, graph.atoms), ledger, training=training, device=graph.device)
         yield training, flow.steps, ledger
 
 
@@ -138,8 +145,7 @@ def _close(one: float, other: float) -> bool:
 
 def _blame_error(graph: NeuronGraph, kept: Kept, steps: Sequence[Step], error: RunError) -> Failure:
     """The model's own code failed on the new widths: blame what it read there."""
-    read = {value for labels in error.flow.blamed for f in labels.factors for value in np.unique(f.atoms).tolist()}
-    blamed = _cut_layers(graph, kept, read)
+    blamed = _cut_layers(graph, kept, _roots(graph, error.flow.blamed))
     if not blamed:
         position = min(len(error.flow.steps), len(steps) - 1)
         blamed = _cut_layers(graph, kept, _roots(graph, (labels for _, labels in steps[position].tensors)))
@@ -164,7 +170,7 @@ def _cut_layers(graph: NeuronGraph, kept: Kept, found: set[int]) -> set[int]:
 class _Expected:
     """What a label must be after the cut. `counts`: positions kept along axes counted from the end.
 
-    `factors`: each remaining factor's shape and content, with the roots it speaks of. None where what is removed is
+    `factors`: each remaining factor's shape and content, with the atoms it speaks of. None where what is removed is
     not rectangular, so that no tensor can be left.
     """
 
@@ -210,12 +216,12 @@ class _Expectations:
         expected = self._expect(old)
         if expected.factors is None or old.uniform != new.uniform:
             return set(expected.roots.tolist())
-        found = _contents(new.factors, canonical)
-        unequal = expected.factors.keys() ^ found.keys()
-        if not unequal:
-            return None
-        atoms = [(expected.factors if key in expected.factors else found)[key] for key in unequal]
-        return {value for one in atoms for value in np.unique(one).tolist()}
+        found = _contents(factor.atoms for factor in new.factors)
+        missing = [atoms for key, atoms in expected.factors.items() if key not in found]
+        # where one body alone is left, a tensor of size 1 may have met it, which has no label
+        unequal = [atoms for atoms in missing if canonical(atoms, self.root) is not None]
+        unequal += [atoms for key, atoms in found.items() if key not in expected.factors]
+        return {value for atoms in unequal for value in np.unique(self.root[atoms]).tolist()} if unequal else None
 
     def _expect(self, old: Labels) -> _Expected:
         if id(old) not in self.expected:
@@ -223,11 +229,11 @@ class _Expectations:
         return self.expected[id(old)][0]
 
     def _expectation(self, old: Labels) -> _Expected:
-        factors = [atoms for f in old.factors if (atoms := canonical(f.atoms, self.root)) is not None]
-        roots = np.unique(np.concatenate([atoms.ravel() for atoms in factors])) if factors else np.empty(0, np.int64)
+        factors = [atoms for f in old.factors if (atoms := canonical(f.atoms)) is not None]
+        roots = np.unique(np.concatenate([self.root[a].ravel() for a in factors])) if factors else np.empty(0, np.int64)
         lines: dict[int, NDArray[np.bool_]] = {}
         for atoms in factors:
-            keep = self.kept[atoms]
+            keep = self.kept[self.root[atoms]]
             kept_lines = [np.atleast_1d(keep.any(axis=_all_but(axis, keep.ndim))) for axis in range(keep.ndim)]
             if keep.sum() != math.prod(int(line.sum()) for line in kept_lines):
                 return _Expected({}, None, roots)
@@ -236,7 +242,7 @@ class _Expectations:
                     where = axis - keep.ndim
                     lines[where] = lines[where] & line if where in lines else line
         counts = {axis: int(line.sum()) for axis, line in lines.items()}
-        return _Expected(counts, _contents(factors, lambda atoms: canonical(_taken(atoms, lines))), roots)
+        return _Expected(counts, _contents(_taken(atoms, lines) for atoms in factors), roots)
 
 
 def _all_but(axis: int, ndim: int) -> tuple[int, ...]:
@@ -250,12 +256,7 @@ def _taken(atoms: Atoms, lines: Mapping[int, NDArray[np.bool_]]) -> Atoms:
     return atoms
 
 
-def _contents(
-    factors: Iterable[Factor] | Iterable[Atoms], shorten: Callable[[Atoms], Atoms | None]
-) -> dict[tuple[Shape, bytes], Atoms]:
-    contents: dict[tuple[Shape, bytes], Atoms] = {}
-    for factor in factors:
-        short = shorten(factor.atoms if isinstance(factor, Factor) else factor)
-        if short is not None:
-            contents[short.shape, np.ascontiguousarray(short).tobytes()] = short
-    return contents
+def _contents(factors: Iterable[Atoms]) -> dict[tuple[Shape, bytes], Atoms]:
+    """Atoms, not roots: several positions of one neuron have an order too."""
+    short = [atoms for factor in factors if (atoms := canonical(factor)) is not None]
+    return {(atoms.shape, np.ascontiguousarray(atoms).tobytes()): atoms for atoms in short}
