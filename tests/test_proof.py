@@ -125,6 +125,46 @@ def test_a_tensor_made_of_a_width(tensor: Callable[[int], Tensor]) -> None:
     assert "a number depends on the width" in torchtrim.trace(model, torch.zeros(2, 3)).locked["a"]
 
 
+SIZED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a tensor": lambda h: torch.tensor(h.shape[1], device=h.device),
+    "a list": lambda h: torch.tensor([h.shape[1]]),
+    "a list that is moved": lambda h: torch.tensor([h.shape[1]]).to(h.device),
+    "a tensor like another": lambda h: h.new_tensor(h.shape[1]),
+    "an array": lambda h: torch.from_numpy(np.array([h.shape[1]])).to(h.device),
+    "ones that are summed": lambda h: torch.ones_like(h).sum(1, keepdim=True),
+    "ones that are multiplied": lambda h: torch.ones_like(h).mul(2).prod(1, keepdim=True),
+    "a norm of ones": lambda h: torch.ones_like(h).norm(),
+    "ones times ones": lambda h: (torch.ones_like(h) @ torch.ones_like(h).T)[:1, :1],
+    "softmax of ones": lambda h: torch.ones_like(h).softmax(1)[:, :1],
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_a_size_that_enters_in_a_tensor(name: str) -> None:
+    modules = {"a": nn.Linear(3, 8), "out": nn.Linear(1, 2)}
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        h = net.a(x).relu()
+        return net.out(h.sum(1, keepdim=True) / SIZED[name](h))
+
+    assert "a" in torchtrim.trace(Net(forward, modules), torch.randn(4, 3)).locked
+
+
+INDICES: dict[str, Callable[[Tensor], Tensor]] = {
+    "argsort": lambda h: h.argsort(0),
+    "sort": lambda h: h.sort(0)[1],
+    "topk": lambda h: h.topk(2, 0)[1],
+    "max": lambda h: h.max(0, keepdim=True)[1],
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_indices_of_a_silent_neuron_are_not_zero(name: str) -> None:
+    modules = {"a": nn.Linear(3, 8), "out": nn.Linear(1, 2)}
+    model = Net(lambda net, x: net.out(INDICES[name](net.a(x).relu()).float().sum(1, keepdim=True)), modules)
+    assert "not zero" in torchtrim.trace(model, torch.randn(4, 3)).locked["a"]
+
+
 def halves(x: Tensor) -> Tensor:
     return x.view(len(x), -1, 2).transpose(1, 2).flatten(1)
 

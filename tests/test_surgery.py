@@ -1,6 +1,7 @@
 """The oracle: a trimmed model computes what the masked original does, in float64; and what trimming leaves alone."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -140,6 +141,38 @@ def test_inputs_of_the_model_stay() -> None:
 def test_an_example_that_the_model_cannot_take_names_the_place() -> None:
     with pytest.raises(TraceError, match=r"LeNet cannot run on the example: RuntimeError.*\(in conv1\)"):
         torchtrim.trace(LeNet(), torch.zeros(2, 3, 28, 28))
+
+
+def test_a_norm_of_weights_keeps_what_it_reads() -> None:
+    """Without a dead neuron's columns the others would be longer."""
+    consumers = {"new": nn.utils.parametrizations.weight_norm(nn.Linear(8, 3)), "old": _old_weight_norm(0),
+                 "transposed": _old_weight_norm(1)}  # fmt: skip
+    locked = {
+        name: torchtrim.trace(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), one), torch.zeros(2, 3)).locked.get("0")
+        for name, one in consumers.items()
+    }
+    assert "weights are normed" in (locked["new"] or "")
+    assert "weights are normed" in (locked["old"] or "")
+    assert locked["transposed"] is None  # there every column has a length of its own
+
+
+def test_mask_of_a_weight_norm_along_the_columns() -> None:
+    model = randomised(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), _old_weight_norm(1)))
+    assert_trim_equals_mask(model, Plan({"0": LayerPlan(8, (1, 5))}), torch.randn(4, 3, dtype=torch.float64))
+
+
+def test_mask_tells_weight_norm_by_its_module() -> None:
+    """A parameter that is only called like a direction is zeroed as any other."""
+    modules = {"weight_v": nn.Parameter(torch.randn(8, 3)), "out": nn.Linear(8, 2)}
+    model = Net(lambda net, x: net.out(x @ net.weight_v.T), modules).double()
+    silent = torchtrim.mask(model, Plan({"weight_v": LayerPlan(8, (1,))}), torch.zeros(2, 3, dtype=torch.float64))
+    assert not silent.weight_v[1].any()
+
+
+def _old_weight_norm(axis: int) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(nn.Linear(8, 3), dim=axis)
 
 
 # ------------------------------------------------------------------ what survives

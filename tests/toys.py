@@ -175,10 +175,11 @@ def _(net, x):
     return net.out(net.b(net.a(x).relu()).relu().mean((2, 3)))
 
 
-@toy("weight_norm", IMAGES, "a b", a=lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3)),
+@toy("weight_norm", IMAGES, "b", {"a": "weights are normed"},
+     a=lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3)),
      b=lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 8, 3)), out=linear(8, 4))  # fmt: skip
 def _(net, x):
-    return net.out(net.b(net.a(x).relu()).relu().mean((2, 3)))
+    return net.out(net.b(net.a(x).relu()).tanh().mean((2, 3)))
 
 
 class Standardised(nn.Conv2d):

@@ -5,6 +5,7 @@ model is never touched and no arithmetic is done.
 """
 
 import copy
+import hashlib
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from torchtrim import _operators, _operators_products, _operators_shapes, _operators_statistics
 from torchtrim._activations import Kind, kind_of
@@ -40,6 +42,16 @@ _VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "t", "t
                     "split_with_sizes", "unsafe_split_with_sizes", "select", "unbind", "_to_copy"])  # fmt: skip
 
 
+# Operators besides the pointwise ones that hand a uniform tensor on whatever its size; and those that sum it with
+# weights, which is as good if those have labels.
+_ELEMENTWISE = FACTORIES | frozenset([
+    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+    "new_full", "new_empty", "new_empty_strided", "bernoulli", "uniform", "normal", "fill", "zero", "copy", "cat",
+    "native_dropout", "_fused_dropout", "dropout", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm",
+    "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"])  # fmt: skip
+_PRODUCTS = frozenset(["mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv", "_trilinear", "convolution"])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
     """One call of an activation function: the how-manieth of a forward pass, and whose values it produces."""
@@ -54,12 +66,16 @@ class Site:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One operator call as a proof compares it. `tensors`: shape and labels of operands, then of results."""
+    """One operator call as a proof compares it. `tensors`: shape and labels of operands, then of results.
+
+    `loose`: what it does to a uniform tensor does not depend on the tensor's size.
+    """
 
     name: str
     where: str
     constants: tuple[Any, ...]
     tensors: tuple[tuple[Shape, Labels], ...]
+    loose: bool = False
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -113,7 +129,8 @@ class Flow(TorchDispatchMode):
         name = name.rstrip("_") if in_place else name
         operands = tensors([*args, *kwargs.values()])
         self.blamed = [self._read(operand) for operand in operands]
-        constants = _constants(name, args, kwargs, operands)
+        held = _held(operands)
+        constants = (*_constants(name, args, kwargs), *held)
         result = func(*args, **kwargs)
         where = self.where[-1] if self.where else ""
         call = Call(name, func, args, kwargs, result, labels_of, self.ledger, where, self.modules.get(where))
@@ -128,11 +145,19 @@ class Flow(TorchDispatchMode):
             else:
                 _label(tensor, one, in_place, _version_of(tensor, operands))
         self.produced += call.produced
-        if name not in _VIEWS:
+        if name in _VIEWS or name == "lift_fresh":
+            if held:
+                self.steps.append(Step("data", where, held, ()))
+        else:
             shape_of = distinct_shape if row is pointwise else _shape
             seen = [(shape_of(t), one) for t, one in zip(operands, self.blamed, strict=True)]
             seen += [(tuple(t.shape), labels_of(t)) for t in results]
-            self.steps.append(Step(name, where, constants, tuple(seen)))
+            loose = (
+                row is pointwise
+                or name in _ELEMENTWISE
+                or (name in _PRODUCTS and not all(one.uniform for one in self.blamed))
+            )
+            self.steps.append(Step(name, where, constants, tuple(seen), loose))
         if (kind := kind_of(name, args, kwargs)) is not None:
             self.sites.append(Site(len(self.sites), name, where, kind, tuple(results[0].shape), labels[0]))
         return result
@@ -202,7 +227,7 @@ def _version_of(result: Tensor, operands: list[Tensor]) -> int:
     return next((t._version for t in operands if t.untyped_storage()._cdata == memory), result._version)
 
 
-def _constants(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Tensor]) -> tuple[Any, ...]:
+def _constants(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """The numbers in an operator's arguments that a trimmed model must repeat; those that are widths may change."""
     if name in FACTORIES or name.startswith("new_"):
         values: list[Any] = [value for value in args if isinstance(value, (int, float))]
@@ -212,10 +237,45 @@ def _constants(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], operand
         values = [args[-1]]
     else:
         values = [*args, *kwargs.values()]
-    numbers = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, (int, float, str))]
-    # a tensor that no operator made is a number that the model's own code holds
-    held = [t for t in operands if t.ndim == 0 and t.device.type == "cpu" and not hasattr(t, "_torchtrim_labels")]
-    return (*numbers, *(float(t) for t in held if not t.is_complex()))
+    return tuple(leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, (int, float, str)))
+
+
+def _held(operands: list[Tensor]) -> tuple[Any, ...]:
+    """The values of tensors that no operator made: numbers that the model's own code holds."""
+    held = [t for t in operands if t.device.type == "cpu" and not hasattr(t, "_torchtrim_labels")]
+    with _disable_current_modes():
+        return tuple(value for t in held for value in _values(t.detach()))
+
+
+def _values(tensor: Tensor) -> list[Any]:
+    """A few numbers as they are; many, or of another kind, by their bytes."""
+    if tensor.layout != torch.strided:
+        return []
+    if tensor.numel() <= _FEW and not tensor.is_complex():
+        return [float(value) for value in tensor.flatten().tolist()]
+    return [hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()]
+
+
+_FEW = 64
+# Functions that make a tensor of Python's data, which on the meta device would be lost.
+_MAKERS = frozenset([torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor, Tensor.new])
+
+
+class _Data(TorchFunctionMode):
+    """Notes the numbers of which the model's code makes tensors."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _MAKERS:
+            numbers = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, (int, float)))
+            where = self.flow.where[-1] if self.flow.where else ""
+            self.flow.steps.append(Step("data", where, numbers, ()))
+        return func(*args, **(kwargs or {}))
 
 
 def run(
@@ -237,10 +297,12 @@ def run(
         lambda value: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value,
         call_arguments(example),
     )
+    for tensor in tensors(pytree.tree_leaves((args, kwargs))):
+        _label(tensor, UNKNOWN, False)
     model.train(training)
     devices = [] if torch.device(device).type in ("cpu", "meta") else [device]
     try:
-        with _located(model, flow), _unfused(), torch.random.fork_rng(devices), torch.no_grad(), flow:
+        with _located(model, flow), _unfused(), torch.random.fork_rng(devices), torch.no_grad(), flow, _Data(flow):
             outputs = model(*args, **kwargs)
     except Exception as error:
         raise RunError(flow, error) from error

@@ -25,6 +25,9 @@ __all__ = ["Layer", "NeuronGraph", "trace", "trial"]
 def trace(model: nn.Module, example: Any) -> NeuronGraph:
     """The neurons of a model. `example` is what the model is called with; only its shapes matter where possible.
 
+    What depends on the data, on the mode or on the sizes of the inputs is proved for the path through the model's code
+    that the example takes; other paths are not looked at.
+
     Raises `TraceError` when the model cannot run on the example. The model is not touched.
     """
     sources = named_tensors(model)

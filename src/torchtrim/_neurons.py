@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
 
 from torchtrim._flow import Site, Step, named_tensors, rebuild
 from torchtrim._labels import Atoms
@@ -122,15 +125,27 @@ def _sliced(tensor: Tensor, axes: tuple[Atoms, ...], kept: Kept) -> Tensor:
 
 def silence(model: nn.Module, graph: NeuronGraph, kept: Kept) -> nn.Module:
     """A copy of the model in which the parameters of what is not kept are zero: what a trimmed model must compute."""
+    directions = _directions(model)
     silent = rebuild(model, {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()})
     for name, parameter in silent.named_parameters():
         for axis, roots in enumerate(graph.axes[name]):
             gone = np.flatnonzero(~kept[roots]) if roots.size > 1 else np.empty(0, np.int64)
             if gone.size:
                 # a direction has no zero; its length, which is a parameter of its own, is silenced instead
-                value = 1 if axis == 0 and name.endswith(_DIRECTIONS) else 0
+                value = 1 if directions.get(name) == axis else 0
                 parameter.data.index_fill_(axis, torch.from_numpy(gone).to(parameter.device), value)
     return silent
 
 
-_DIRECTIONS = (".parametrizations.weight.original1", ".weight_v")
+def _directions(model: nn.Module) -> dict[str, int]:
+    """The parameters that weight norm, of either kind, takes for directions, and the axis whose lengths it keeps."""
+    found: dict[str, int] = {}
+    for place, module in model.named_modules():
+        inside = f"{place}." if place else ""
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):
+                found[f"{inside}{hook.name}_v"] = hook.dim
+        if isinstance(module, ParametrizationList):
+            norms = [one for one in module if isinstance(one, _WeightNorm)]
+            found |= {f"{inside}original1": one.dim for one in norms}
+    return found

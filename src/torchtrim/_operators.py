@@ -226,6 +226,14 @@ def _keeps_zero(call: Call) -> bool:
     return isinstance(first, Tensor) and first.device.type == "cpu" and bool(first == 0)
 
 
+def with_indices(call: Call, labels: Labels) -> Labels | Sequence[Labels]:
+    """The labels of values, and of the indices beside them, which are not zero where the values are."""
+    if isinstance(call.result, Tensor):
+        return labels
+    indices = labels.with_factors(Factor(factor.atoms, False) for factor in labels.factors)
+    return [labels, *(indices for _ in call.result[1:])]
+
+
 def unknown(call: Call) -> Labels:
     """No row: pin everything that reaches the operator."""
     operands = tensors([*call.args, *call.kwargs.values()])

@@ -11,6 +11,8 @@ from torch import Tensor
 from torchtrim._labels import UNKNOWN, Atoms, Factor, Labels, Shape, compress, fit, reshape
 from torchtrim._operators import Call, Operand, Table, all_zero, any_zero, merge, operand, tensors, unknown
 
+NORM = "weights are normed together, which without some of them would change the others"
+
 Order = Sequence[int | None]  # for each axis of the index space the tensor's own axis, or None
 
 ROWS = Table()
@@ -255,11 +257,13 @@ def _embedding(call: Call) -> Labels:
 
 @ROWS.of("_weight_norm_interface", "_weight_norm")
 def _weight_norm(call: Call) -> Sequence[Labels]:
-    """g · v / |v|, where |v| is a sum over all axes of v but one: a silent neuron's zeros add nothing to it."""
+    """g · v / |v|, where |v| is taken over all axes of v but one: what goes along those changes it."""
     direction, length = call.args[0], call.args[1]
     axis = call.argument(2, "dim", 0)
     others = [i for i in range(direction.ndim) if i != axis]
-    summed(call, call.labels_of(direction).factors, others)
+    for factor in call.labels_of(direction).factors:
+        if any(map(factor.varies, others)):
+            call.ledger.pin(factor.atoms.ravel(), call.reason(NORM))
     # the length has no say along the axes that were summed
     factors = merge(call, [operand(call, direction), operand(call, length)], any_zero)
     static = call.labels_of(direction).static and call.labels_of(length).static

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from torchtrim._labels import Atoms, Factor, Labels, fit, reshape
-from torchtrim._operators import Call, Operand, Table, all_zero, merge, pointwise, tensors, unknown
+from torchtrim._operators import Call, Operand, Table, all_zero, merge, pointwise, tensors, unknown, with_indices
 
 ROWS = Table()
 
@@ -18,12 +18,12 @@ ROWS = Table()
        "bilinear2d", "trilinear3d", "bicubic2d", "_bilinear2d_aa", "_bicubic2d_aa")),
      "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa",
      *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)))  # fmt: skip
-def _spatial(call: Call) -> Labels:
+def _spatial(call: Call) -> Labels | Sequence[Labels]:
     inputs = call.args[0]
     count = next((int(n) for n in "123" if f"{n}d" in call.name), 2)
     labels = call.labels_of(inputs)
     axes = range(inputs.ndim - count, inputs.ndim)
-    return labels.with_factors(call.fix_axes(labels.factors, axes, "positions are read"))
+    return with_indices(call, labels.with_factors(call.fix_axes(labels.factors, axes, "positions are read")))
 
 
 @ROWS.of("constant_pad_nd")
@@ -254,14 +254,14 @@ def _roll(call: Call) -> Labels:
 
 
 @ROWS.of("index_select", "gather", "take_along_dim", "sort", "topk")
-def _picked(call: Call) -> Labels:
+def _picked(call: Call) -> Labels | Sequence[Labels]:
     """Which positions are read is up to the data or the code: their axis keeps its size."""
     inputs = call.args[0]
     axis = call.argument(2 if call.name == "topk" else 1, "dim", -1) % max(inputs.ndim, 1)
     if _has_labels(call, tensors(call.args[1:])):
         return unknown(call)
     labels = call.labels_of(inputs)
-    return labels.with_factors(call.fix_axes(labels.factors, [axis], "positions are picked"))
+    return with_indices(call, labels.with_factors(call.fix_axes(labels.factors, [axis], "positions are picked")))
 
 
 @ROWS.of("index")

@@ -5,8 +5,19 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torchtrim._labels import UNKNOWN, Factor, Labels
-from torchtrim._operators import Call, Flags, Operand, Table, merge, never_zero, operand, pointwise, tensors
-from torchtrim._operators_products import squeezed, summed
+from torchtrim._operators import (
+    Call,
+    Flags,
+    Operand,
+    Table,
+    merge,
+    never_zero,
+    operand,
+    pointwise,
+    tensors,
+    with_indices,
+)
+from torchtrim._operators_products import NORM, squeezed, summed
 
 ROWS = Table()
 
@@ -79,12 +90,14 @@ _KEEP_ZERO = frozenset(["sum", "linalg_vector_norm", "mean", "amax", "amin", "ma
                         "var_mean", "std_mean", "any"])  # fmt: skip
 
 
-def _reduced(call: Call, dims: int | Sequence[int] | None, summing: bool) -> Labels:
+def _reduced(call: Call, dims: int | Sequence[int] | None, summing: bool) -> Labels | Sequence[Labels]:
     inputs = call.args[0]
     labels = call.labels_of(inputs)
     chosen = range(inputs.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     axes = [axis % max(inputs.ndim, 1) for axis in chosen]
-    if summing:
+    if summing and labels.static:
+        factors = call.fix_axes(labels.factors, axes, NORM)
+    elif summing:
         factors = summed(call, labels.factors, axes)
     else:
         factors = call.fix_axes(labels.factors, axes, "reduced over all its values")
@@ -93,23 +106,24 @@ def _reduced(call: Call, dims: int | Sequence[int] | None, summing: bool) -> Lab
     first = call.result[0] if isinstance(call.result, (tuple, list)) else call.result
     if first.ndim < inputs.ndim:
         factors = squeezed(factors, axes)
-    return Labels(tuple(factors), labels.static)
+    found = Labels(tuple(factors), labels.static)
+    return with_indices(call, found) if call.name in ("max", "min") else found
 
 
 @ROWS.of("sum")
-def _sum(call: Call) -> Labels:
+def _sum(call: Call) -> Labels | Sequence[Labels]:
     return _reduced(call, call.argument(1, "dim"), True)
 
 
 @ROWS.of("linalg_vector_norm")
-def _vector_norm(call: Call) -> Labels:
+def _vector_norm(call: Call) -> Labels | Sequence[Labels]:
     """Zeros add nothing to a norm of positive order."""
     return _reduced(call, call.argument(2, "dim"), call.argument(1, "ord", 2) > 0)
 
 
 @ROWS.of("mean", "amax", "amin", "max", "min", "argmax", "argmin", "prod", "std", "var", "var_mean", "std_mean",
      "logsumexp", "any", "all")  # fmt: skip
-def _reduce(call: Call) -> Labels:
+def _reduce(call: Call) -> Labels | Sequence[Labels]:
     if len(tensors(call.args)) == 2:  # max(x, y)
         return pointwise(call)
     return _reduced(call, call.argument(1, "dim"), False)

@@ -193,17 +193,17 @@ class _Expectations:
         found: set[int] | None = None
         for (old_shape, old_labels), (new_shape, new_labels) in zip(old.tensors, new.tensors, strict=True):
             blamed = self._difference(old_labels, new_labels)
-            if blamed is None and not self._fits(old_shape, old_labels, new_shape):
+            if blamed is None and not self._fits(old_shape, old_labels, new_shape, old.loose and new.loose):
                 blamed = set(self._expect(old_labels).roots.tolist())
             if blamed is not None:
                 found = (found or set()) | blamed
         return found
 
-    def _fits(self, old_shape: Shape, labels: Labels, new_shape: Shape) -> bool:
+    def _fits(self, old_shape: Shape, labels: Labels, new_shape: Shape, loose: bool) -> bool:
         counts = self._expect(labels).counts
         ndim = len(old_shape)
         return len(new_shape) == ndim and (
-            labels.uniform or all(new_shape[i] == counts.get(i - ndim, old_shape[i]) for i in range(ndim))
+            (labels.uniform and loose) or all(new_shape[i] == counts.get(i - ndim, old_shape[i]) for i in range(ndim))
         )
 
     def _difference(self, old: Labels, new: Labels) -> set[int] | None:
