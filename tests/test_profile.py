@@ -216,6 +216,24 @@ def test_calls_that_go_other_ways_are_told_apart(by_data) -> None:
     assert found.examples == 16 + 16 + 16 + 3 + 5
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_layers_behind_a_recurrent_one(kind) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent, self.hidden, self.output = kind(4, 5, batch_first=True), nn.Linear(5, 6), nn.Linear(6, 2)
+
+        def forward(self, inputs):
+            return self.output(self.hidden(self.recurrent(inputs)[0][:, -1]).relu())
+
+    model, inputs = Recurrent(), torch.randn(9, 3, 4)
+    found = profile(model, [inputs, inputs[:4]])
+    with torch.no_grad():
+        silent = model.hidden(model.recurrent(inputs)[0][:, -1]) <= 0
+    np.testing.assert_array_equal(found.zeros["hidden"], silent.sum(0) + silent[:4].sum(0))
+    assert not model.recurrent._forward_hooks
+
+
 def test_clamps_and_gates_are_no_activations_of_a_layer() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:

@@ -7,8 +7,12 @@ seldom do; gates (the sigmoid of a squeeze-and-excitation block) scale what othe
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from torch import nn
+
 Kind = Literal["rectifier", "smooth", "gate"]
 KINDS: tuple[Kind, ...] = ("rectifier", "smooth", "gate")
+# Their own activations show or not, depending on the kernel that PyTorch picks; none of them counts.
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 _RECTIFIERS = frozenset(["relu", "relu6", "hardswish", "hardshrink", "softshrink"])
 _SMOOTH = frozenset(["leaky_relu", "prelu", "_prelu_kernel", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish",

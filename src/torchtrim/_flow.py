@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from torchtrim import _operators, _operators_products, _operators_shapes, _operators_statistics
-from torchtrim._activations import Kind, kind_of
+from torchtrim._activations import RECURRENT, Kind, kind_of
 from torchtrim._labels import UNKNOWN, Atoms, Factor, Labels, Ledger, Shape
 from torchtrim._operators import (
     FACTORIES,
@@ -158,7 +158,8 @@ class Flow(TorchDispatchMode):
                 or (name in _PRODUCTS and not all(one.uniform for one in self.blamed))
             )
             self.steps.append(Step(name, where, constants, tuple(seen), loose))
-        if (kind := kind_of(name, args, kwargs)) is not None:
+        kind = None if isinstance(call.module, RECURRENT) else kind_of(name, args, kwargs)
+        if kind is not None:
             self.sites.append(Site(len(self.sites), name, where, kind, tuple(results[0].shape), labels[0]))
         return result
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtrim._activations import kind_of
+from torchtrim._activations import RECURRENT, kind_of
 from torchtrim._counting import Counts, count
 from torchtrim._flow import Site
 from torchtrim._graph import trace
@@ -57,6 +57,7 @@ class Watch(TorchDispatchMode):
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
         self._path: _Path | None = None  # of the call in progress
         self._seen = 0
+        self._recurrent = 0  # how deep in recurrent modules the run is
         self._trail: list[int] = []
         self._pending: list[tuple[Site, int, Counts]] = []
         self._pending_examples = 0
@@ -80,12 +81,17 @@ class Watch(TorchDispatchMode):
         """Whether each call went a known way; `_pending` then holds what was counted on it."""
         self._pending.clear()
         self._pending_examples = self._call = 0
-        hooks = (
+        self._recurrent = 0
+        hooks = [
             self.model.register_forward_pre_hook(
                 lambda _, args, kwargs: self._begin(args, kwargs), with_kwargs=True, prepend=True
             ),
             self.model.register_forward_hook(lambda *_: self._end()),
-        )
+        ]
+        for module in self.model.modules():
+            if isinstance(module, RECURRENT):
+                hooks.append(module.register_forward_pre_hook(lambda *_: self._enter_recurrent(1)))
+                hooks.append(module.register_forward_hook(lambda *_: self._enter_recurrent(-1)))
         try:
             # not inference mode: what a model caches there could not be trained with afterwards
             with torch.no_grad(), self:
@@ -106,6 +112,9 @@ class Watch(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
         return True
+
+    def _enter_recurrent(self, depth: int) -> None:
+        self._recurrent += depth
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._arguments = args, kwargs
@@ -156,7 +165,7 @@ class Watch(TorchDispatchMode):
                         self._go(self._numbers[id(item)])
         result = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::").rstrip("_")
-        if self._path is not None and kind_of(name, args, kwargs) is not None:
+        if self._path is not None and not self._recurrent and kind_of(name, args, kwargs) is not None:
             self._go(-1)
             self._count(self._path, next(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)))
         return result
