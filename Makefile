@@ -13,7 +13,7 @@ test: .venv/installed
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
-# The experiments of docs/results: half an hour on two cores.
+# The experiments of docs/results: about 40 minutes.
 paper: .venv/installed
 	for name in iterative one_shot from_scratch all_at_once vgg16 connections; do \
 		$(BIN)/python -m benchmarks.paper.$$name || exit 1; \

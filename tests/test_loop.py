@@ -107,8 +107,6 @@ def test_decisions_ignore_the_test_set() -> None:
 
 
 def test_seeded_and_the_global_random_state_restored() -> None:
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
     one, other = rounds(chain()), rounds(chain())
     different = rounds(chain(), seed=1)
     for done, again, else_ in zip(one, other, different, strict=True):
@@ -175,6 +173,16 @@ def test_ends_when_nothing_is_removed() -> None:
     assert rounds(chain(), rule=torchtrim.Threshold(2), stop=Stop(compression=100)) == []
     found = rounds(chain(), rule=Fraction(0.5), stop=Stop(compression=1e6))
     assert set(found[-1].widths.values()) == {1, 3}
+
+
+@pytest.mark.parametrize("layers", [None, ["0"]])
+def test_a_criterion_that_needs_no_data_trims_layers_without_activations(layers) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 12), nn.Linear(12, 3))
+    found = rounds(model, layers=layers, criterion="l1_norm")
+    assert [done.widths["0"] for done in found] == [9, 7, 6]
+    with pytest.raises(PlanError, match="no activation was observed"):
+        rounds(model, layers=["0"])
 
 
 def test_progressive_spreads_from_the_most_silent_layers() -> None:

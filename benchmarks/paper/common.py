@@ -5,7 +5,7 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,7 @@ class Experiment:
         self.runs: Path = options.runs
         self.progress: Progress = training_progress()
 
-    @property
-    @cache  # noqa: B019 - an experiment lives as long as its process
+    @cached_property
     def data(self) -> Data:
         return load_data("mnist")
 

@@ -25,6 +25,7 @@ _BOUNDS: Mapping[str, tuple[str, float | None]] = {
     "hardtanh": ("min_val", -1.0),
     "threshold": ("value", None),
 }
+ACTIVATIONS = _RECTIFIERS | _SMOOTH | _GATES | _BOUNDS.keys()
 
 
 def kind_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Kind | None:

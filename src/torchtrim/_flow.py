@@ -18,12 +18,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from torchtrim import _operators, _operators_products, _operators_shapes, _operators_statistics
-from torchtrim._activations import RECURRENT, Kind, kind_of
+from torchtrim._activations import ACTIVATIONS, RECURRENT, Kind, kind_of
 from torchtrim._labels import UNKNOWN, Atoms, Factor, Labels, Ledger, Shape
 from torchtrim._operators import (
     FACTORIES,
-    RECTIFIERS,
-    SMOOTH,
     Call,
     Row,
     Table,
@@ -208,7 +206,7 @@ def _shape(tensor: Tensor) -> Shape:
 def row_of(name: str, function: Any) -> Row:
     if name in TABLE:
         return TABLE[name]
-    elementwise = torch.Tag.pointwise in function.tags or name in RECTIFIERS or name in SMOOTH
+    elementwise = torch.Tag.pointwise in function.tags or name in ACTIVATIONS
     return pointwise if elementwise else unknown
 
 

@@ -215,8 +215,10 @@ def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Sett
     with clock("profile"):
         measured = profile(model, settings.batches, settings.forward)
     with clock("select"):
+        if all(layer.locked for layer in measured.values()):
+            return None
         layers = _layers_left(settings.layers, measured, last)
-        if not layers:
+        if layers is not None and not layers:
             return None
         plan = select(measured, rule=settings.rule, layers=layers, criterion=settings.criterion)
     if not plan.removed:
@@ -253,15 +255,16 @@ def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Sett
     )
 
 
-def _layers_left(layers: Sequence[str] | Progressive | None, measured: Profile, last: Round | None) -> tuple[str, ...]:
-    """The layers to trim next; one of which a single neuron is left has nothing more to give."""
+def _layers_left(
+    layers: Sequence[str] | Progressive | None, measured: Profile, last: Round | None
+) -> Sequence[str] | None:
+    """The layers to trim next; one of which a single neuron is left is locked, and has nothing more to give."""
+    if layers is None or last is None:
+        return layers.choose(measured, ()) if isinstance(layers, Progressive) else layers
     if isinstance(layers, Progressive):
-        return layers.choose(measured, last.layers if last else ())
-    able = [name for name, layer in measured.items() if layer.locked is None and layer.positions.any()]
-    if layers is None:
-        return tuple(able)
+        return layers.choose(measured, last.layers)
     asked = [name for name in measured if any(fnmatchcase(name, pattern) for pattern in layers)]
-    return tuple(name for name in asked if name in able or last is None)
+    return [name for name in asked if measured[name].locked is None]
 
 
 class _Clock:

@@ -15,10 +15,6 @@ from torch.utils import _pytree as pytree
 
 from torchtrim._labels import UNIFORM, Atoms, Factor, Labels, Ledger, Shape, fit
 
-RECTIFIERS = frozenset(["relu", "relu6", "hardtanh", "threshold", "clamp_min", "clamp", "hardswish", "hardsigmoid",
-                        "hardshrink", "softshrink"])  # fmt: skip
-SMOOTH = frozenset(["leaky_relu", "prelu", "_prelu_kernel", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish",
-                    "softplus", "sigmoid", "log_sigmoid", "log_sigmoid_forward", "tanh"])  # fmt: skip
 FACTORIES = frozenset(["empty", "zeros", "ones", "full", "rand", "randn", "empty_strided", "scalar_tensor"])
 
 

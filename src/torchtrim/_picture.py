@@ -19,32 +19,8 @@ _BEHIND = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "non
 _BINS = np.linspace(0, 100, 41)
 _LAYERS, _ROUNDS = 6, 8  # shown at most
 _ACROSS = 3  # layers beside each other
-_TICKS = (
-    100,
-    99.9,
-    99.8,
-    99.7,
-    99.6,
-    99.5,
-    99.4,
-    99.3,
-    99.2,
-    99.1,
-    99,
-    98.5,
-    98,
-    97,
-    96,
-    95,
-    93,
-    90,
-    85,
-    80,
-    70,
-    50,
-    20,
-    0,
-)
+_TICKS = (100, 99.9, 99.8, 99.7, 99.6, 99.5, 99.4, 99.3, 99.2, 99.1, 99, 98.5, 98, 97, 96, 95, 93, 90, 85, 80, 70, 50,
+          20, 0)  # fmt: skip
 
 
 def picture(

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,6 +192,10 @@ def profile(model: nn.Module, batches: Iterable[Any], forward: Forward | None = 
     Raises ProfileError: no batches, a batch that does not fit the model, an activation that is NaN or infinite; the
     message names the batch, and the layer where there is one.
     """
+    if isinstance(batches, Tensor):
+        raise ProfileError(
+            "batches: expected an iterable of batches, found a tensor, whose rows it would give; pass [it]"
+        )
     device = next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
     call = forward or _call
     watch = Watch(model)
@@ -199,7 +204,7 @@ def profile(model: nn.Module, batches: Iterable[Any], forward: Forward | None = 
         for number, batch in enumerate(batches, 1):
             moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
             try:
-                watch.run(lambda: call(model, moved))  # noqa: B023
+                watch.run(partial(call, model, moved))
             except (ProfileError, TraceError) as error:
                 raise ProfileError(f"batch {number}: {error}") from error
     if watch.graph is None:

@@ -1,6 +1,7 @@
-"""The integer attributes with which modules describe their widths: PyTorch's own by their meaning, others by what
+"""The integer attributes with which modules describe their widths.
 
-the trace saw their code do. The proof tells whether an attribute meant what it seemed to.
+PyTorch's own are known by their meaning, others by what the trace saw their code do. The proof tells whether an
+attribute meant what it seemed to.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,8 +17,6 @@ from torchtrim._operators_shapes import is_sizes
 
 # Where a module's weight is kept: as it is, by a parametrization, or by `weight_norm` of either kind.
 _WEIGHTS = ("weight", "parametrizations.weight.original", "parametrizations.weight.original1", "weight_v")
-
-
 # What attributes that describe a width are called; others of the same value are left alone.
 _WORDS = ("head", "dim", "size", "width", "channel", "chs", "feature", "hidden", "planes", "group")
 
