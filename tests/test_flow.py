@@ -1,5 +1,7 @@
 """One run of a copied model under labels: sites, places, and the copy itself."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ import torchtrim
 from torchtrim._flow import call_arguments, named_tensors, rebuild, row_of
 from torchtrim._lenet import LeNet
 from torchtrim._operators import pointwise, unknown
+from torchtrim.errors import TraceError
 from toys import Net
 
 
@@ -78,6 +81,31 @@ def test_outputs_of_any_kind_are_pinned() -> None:
 
     graph = torchtrim.trace(Model(), torch.zeros(1, 1, 28, 28))
     assert graph.locked == dict.fromkeys(("conv1", "conv2"), "it is an output of the model")
+
+
+class Slots:
+    __slots__ = ("hidden", "itself")
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden, self.itself = hidden, self
+
+
+@pytest.mark.parametrize("answer", [Slots, lambda hidden: {hidden}, lambda hidden: {"a": [(hidden,)]}])
+def test_outputs_in_objects_without_a_dictionary(answer: Callable[[Tensor], object]) -> None:
+    model = Net(lambda net, x: answer(net.a(x)), {"a": nn.Linear(3, 4)})
+    assert torchtrim.trace(model, torch.zeros(2, 3)).locked == {"a": "it is an output of the model"}
+
+
+def test_an_iterator_is_no_output() -> None:
+    model = Net(lambda net, x: iter([net.a(x)]), {"a": nn.Linear(3, 4)})
+    with pytest.raises(TraceError, match=r"returns an iterator.*return a list"):
+        torchtrim.trace(model, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("read", [lambda x: torch.from_numpy(x.numpy() * 2)[0, 0], lambda x: x.tolist()[0][0]])
+def test_data_that_leave_pytorch(read: Callable[[Tensor], float]) -> None:
+    model = Net(lambda net, x: net.out(net.a(x) * read(net.a(x))), {"a": nn.Linear(3, 4), "out": nn.Linear(4, 2)})
+    assert torchtrim.trace(model, torch.ones(2, 3)).locked["a"] == "its data leave PyTorch"
 
 
 def test_an_operator_without_a_row_is_not_guessed() -> None:

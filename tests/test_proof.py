@@ -244,3 +244,60 @@ def test_data_that_decides_nothing_that_matters() -> None:
     graph = torchtrim.trace(toy.build(), torch.randn(toy.shape))
     assert graph.device == "cpu"
     assert set(graph.locked) == {"out"}
+
+
+def width(net: Net, x: Tensor) -> int:
+    return net.a(x).shape[1]
+
+
+READS: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "a slice": lambda net, x: net.out(net.a(x).relu()) + x[:, width(net, x) - 5 : width(net, x) - 2],
+    "a position": lambda net, x: net.out(net.a(x).relu()) * x[0, width(net, x) % 6],
+    "a shape": lambda net, x: net.out(net.a(x).relu()) + x.view(-1, 2 if width(net, x) == 8 else 3)[:4, :1],
+    "an order": lambda net, x: net.out(net.a(x)) + x[:, :4].permute([(1, 0), (0, 1)][width(net, x) == 8])[:, :3],
+    "one of two tensors": lambda net, x: net.out(net.a(x).relu()) + (x * 1, x * 2)[width(net, x) < 8][:, :3],
+    "one of two results": lambda net, x: x.split(3, 1)[width(net, x) < 8] + net.out(net.a(x).relu()),
+    "one of two outputs": lambda net, x: (net.out(net.a(x)), net.out(net.a(x) * 2))[width(net, x) < 8],
+    "one of two copies": lambda net, x: net.out(torch.cat([net.a(x), net.a(x)], 1).chunk(2, 1)[width(net, x) < 8]),
+    "a number by a little": lambda net, x: net.out(net.a(x).relu()) * (1 + 1e-7 * width(net, x)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_is_read_depends_on_a_width(name: str) -> None:
+    """Shapes are right everywhere, and no labelled tensor is read differently."""
+    model = Net(READS[name], {"a": nn.Linear(6, 8), "out": nn.Linear(8, 3)})
+    assert "depends on the width" in torchtrim.trace(model, torch.zeros(4, 6)).locked["a"]
+
+
+def overwritten(x: Tensor, write: Callable[[Tensor], object]) -> Tensor:
+    write(x)
+    return x
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "data": lambda h: h.data.sigmoid_(),
+    "detach": lambda h: h.detach().sigmoid_(),
+    "out": lambda h: torch.sigmoid(h, out=h.detach()),
+    "a part of data": lambda h: h.data[:, :4].add_(1),
+    "another name": lambda h: h.view(-1).detach().view(4, -1).add_(1),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_memory_that_is_written_to_under_another_name(name: str) -> None:
+    modules = {"a": nn.Linear(6, 8), "b": nn.Linear(1, 8), "out": nn.Linear(8, 3)}
+    model = Net(lambda net, x: net.out(net.b(overwritten(net.a(x), WRITES[name]).sum(1, True))), modules)
+    graph = torchtrim.trace(model, torch.zeros(4, 6))
+    assert {"a": "its memory is written to under another name"}.items() <= graph.locked.items()
+    assert "b" not in graph.locked
+
+
+def test_a_fault_that_blames_nobody_locks_what_fails_alone() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        picked = x[:, width(net, x) - 3 : width(net, x)] * 2
+        return net.out(net.b(net.a(x).relu()).relu()) + picked
+
+    modules = {"a": nn.Linear(6, 6), "b": nn.Linear(6, 8), "out": nn.Linear(8, 3)}
+    graph = torchtrim.trace(Net(forward, modules), torch.zeros(4, 6))
+    assert set(graph.locked) == {"a", "out"}

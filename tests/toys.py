@@ -433,6 +433,22 @@ def _(net, x):
     return net.out(F.dropout(net.b(net.drop(net.a(x)).relu()), 0.3, net.training))
 
 
+@toy("rolled as if flat", VECTORS, "b", {"a": "no rule"}, a=linear(6, 8), b=linear(8, 8), out=linear(8, 3))
+def _(net, x):
+    return net.out(net.b(net.a(x).roll(1)).relu())
+
+
+@toy("a mask over two axes", VECTORS, "b", {"a": "no rule"}, a=linear(6, 8), b=linear(8, 8), out=linear(8, 3))
+def _(net, x):
+    x = net.a(x)
+    return net.out(net.b(x[torch.ones(x.shape, dtype=torch.bool)].view(-1, 8)).relu())
+
+
+@toy("data", VECTORS, "a", a=linear(6, 8), out=linear(8, 3))
+def _(net, x):
+    return net.out(net.a(x).relu().data * 2)
+
+
 # ------------------------------------------------------------------ residuals, joins, gates
 
 

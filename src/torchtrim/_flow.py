@@ -6,7 +6,7 @@ model is never touched and no arithmetic is done.
 
 import copy
 import hashlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,15 +30,10 @@ from torchtrim._operators import (
     tensors,
     unknown,
 )
+from torchtrim._origins import NOWHERE, VIEWS, Look, Origin, seen_through
 from torchtrim.errors import TraceError
 
 TABLE = Table(_operators.ROWS | _operators_products.ROWS | _operators_shapes.ROWS | _operators_statistics.ROWS)
-
-# Operators that only look at a tensor in another way. Which of them run may depend on strides: no proof compares them.
-_VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "squeeze",
-                    "unsqueeze", "expand", "clone", "detach", "alias", "slice", "split", "unsafe_split",
-                    "split_with_sizes", "unsafe_split_with_sizes", "select", "unbind", "_to_copy"])  # fmt: skip
-
 
 # Operators besides the pointwise ones that hand a uniform tensor on whatever its size; and those that sum it with
 # weights, which is as good if those have labels.
@@ -47,6 +42,7 @@ _ELEMENTWISE = FACTORIES | frozenset([
     "new_full", "new_empty", "new_empty_strided", "bernoulli", "uniform", "normal", "fill", "zero", "copy", "cat",
     "native_dropout", "_fused_dropout", "dropout", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm",
     "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"])  # fmt: skip
+OUTPUT = "output"  # the step at the end of a run, whose operands are what the model returns
 _PRODUCTS = frozenset(["mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv", "_trilinear", "convolution"])
 
 
@@ -66,14 +62,25 @@ class Site:
 class Step:
     """One operator call as a proof compares it. `tensors`: shape and labels of operands, then of results.
 
-    `loose`: what it does to a uniform tensor does not depend on the tensor's size.
+    `origins`: where the operands come from. `loose`: what it does to a uniform tensor does not depend on the
+    tensor's size.
     """
 
     name: str
     where: str
     constants: tuple[Any, ...]
-    tensors: tuple[tuple[Shape, Labels], ...]
+    tensors: tuple[tuple[Shape, Labels], ...] = ()
+    origins: tuple[Origin, ...] = ()
     loose: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mark:
+    """What is known of a tensor, and how often its memory had been written to when that was so."""
+
+    labels: Labels
+    origin: Origin
+    writes: int
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -116,6 +123,7 @@ class Flow(TorchDispatchMode):
         self.where: list[str] = []
         self.modules: dict[str, nn.Module] = {}
         self.blamed: list[Labels] = []
+        self._writes: dict[int, list[tuple[Factor, ...]]] = {}  # by memory, the labels of what was written
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -126,9 +134,9 @@ class Flow(TorchDispatchMode):
         in_place = name.endswith("_") and not name.endswith("__")
         name = name.rstrip("_") if in_place else name
         operands = tensors([*args, *kwargs.values()])
-        self.blamed = [self._read(operand) for operand in operands]
+        self.blamed = [self.read(operand) for operand in operands]
+        origins = tuple(origin_of(operand) for operand in operands)
         held = _held(operands)
-        constants = (*_constants(name, args, kwargs), *held)
         result = func(*args, **kwargs)
         where = self.where[-1] if self.where else ""
         call = Call(name, func, args, kwargs, result, labels_of, self.ledger, where, self.modules.get(where))
@@ -137,16 +145,26 @@ class Flow(TorchDispatchMode):
         results = tensors(pytree.tree_leaves(result))
         labels = [found] * len(results) if isinstance(found, Labels) else list(found)
         labels = [self._without_constants(one, call) for one in labels]
-        for tensor, one in zip(results, labels, strict=False):
-            if in_place and tensor._base is not None:
-                self._write_through(call, tensor, one)
-            else:
-                _label(tensor, one, in_place, _version_of(tensor, operands))
-        self.produced += call.produced
-        if name in _VIEWS or name == "lift_fresh":
+        labels += [UNKNOWN] * (len(results) - len(labels))
+        if name in VIEWS:
+            sources = seen_through(call, origins[0], labels)
             if held:
-                self.steps.append(Step("data", where, held, ()))
+                self.steps.append(Step("data", where, held))
         else:
+            sources = [Origin((len(self.steps), index)) for index in range(len(results))]
+        written = _written(func, args, kwargs)
+        for tensor in written:
+            self._count_write(tensor, labels)
+        for tensor, one, source in zip(results, labels, sources, strict=True):
+            if any(tensor is other for other in written) and tensor._base is not None:
+                self._write_through(call, tensor, one, source)
+            else:
+                self.mark(tensor, one, source)
+        for tensor in written:
+            if not any(tensor is other for other in results):
+                self.mark(tensor, labels_of(tensor), Origin((len(self.steps), -1)))
+        self.produced += call.produced
+        if name not in VIEWS:
             shape_of = distinct_shape if row is pointwise else _shape
             seen = [(shape_of(t), one) for t, one in zip(operands, self.blamed, strict=True)]
             seen += [(tuple(t.shape), labels_of(t)) for t in results]
@@ -155,7 +173,8 @@ class Flow(TorchDispatchMode):
                 or name in _ELEMENTWISE
                 or (name in _PRODUCTS and not all(one.uniform for one in self.blamed))
             )
-            self.steps.append(Step(name, where, constants, tuple(seen), loose))
+            constants = (*_constants(name, args, kwargs), *held)
+            self.steps.append(Step(name, where, constants, tuple(seen), origins, loose))
         kind = None if isinstance(call.module, RECURRENT) else kind_of(name, args, kwargs)
         if kind is not None:
             self.sites.append(Site(len(self.sites), name, where, kind, tuple(results[0].shape), labels[0]))
@@ -170,33 +189,44 @@ class Flow(TorchDispatchMode):
                 self.ledger.pin(factor.atoms.ravel(), call.reason("it would lose everything: read"))
         return labels.with_factors(factor for factor in labels.factors if factor.atoms.size > 1)
 
-    def _write_through(self, call: Call, view: Tensor, labels: Labels) -> None:
+    def mark(self, tensor: Tensor, labels: Labels, origin: Origin) -> None:
+        writes = len(self._writes.get(tensor.untyped_storage()._cdata, ()))
+        tensor._torchtrim_mark = Mark(labels, origin, writes)  # type: ignore[attr-defined]
+
+    def _count_write(self, tensor: Tensor, labels: Sequence[Labels]) -> None:
+        """Counts stay when memory is freed and used again: what is marked later has seen them."""
+        memory = tensor.untyped_storage()._cdata
+        self._writes.setdefault(memory, []).append(tuple(factor for one in labels for factor in one.factors))
+
+    def _write_through(self, call: Call, view: Tensor, labels: Labels, origin: Origin) -> None:
         """An in-place operator on a view: its base follows where values changed, and stays whole where labels did."""
         base, before = view._base, labels_of(view)
         assert base is not None
+        whole = labels_of(base)
         if [id(factor.atoms) for factor in before.factors] == [id(factor.atoms) for factor in labels.factors]:
             kept = all(new.zero or not old.zero for old, new in zip(before.factors, labels.factors, strict=True))
-            whole = UNKNOWN if labels_of(base).uniform else labels_of(base)
+            whole = UNKNOWN if whole.uniform else whole
             if not kept:
                 whole = whole.with_factors(Factor(factor.atoms, False) for factor in whole.factors)
-            _label(base, whole, True)
-            _label(view, labels, True)
-            return
-        for factor in (*before.factors, *labels.factors, *labels_of(base).factors):
-            self.ledger.pin(factor.atoms.ravel(), call.reason("written into part of another tensor"))
-        _label(base, UNKNOWN, True)
-        _label(view, UNKNOWN, True)
+        else:
+            for factor in (*before.factors, *labels.factors, *whole.factors):
+                self.ledger.pin(factor.atoms.ravel(), call.reason("written into part of another tensor"))
+            whole = labels = UNKNOWN
+        self.mark(base, whole, Origin(origin.source, (Look("written through"), *origin_of(view).looks)))
+        self.mark(view, labels, origin)
 
-    def _read(self, tensor: Tensor) -> Labels:
-        """The labels of an operand. A view whose memory was written to under another name has none that hold."""
-        labels = labels_of(tensor)
-        stamped = getattr(tensor, "_torchtrim_version", None)
-        if tensor._base is not None and stamped is not None and stamped != tensor._version:
-            for factor in (*labels.factors, *labels_of(tensor._base).factors):
-                self.ledger.pin(factor.atoms.ravel(), "its memory is written to under another name")
-            labels = UNKNOWN
-            _label(tensor, labels, False)
-        return labels
+    def read(self, tensor: Tensor) -> Labels:
+        """The labels of an operand. One whose memory was written to under another name has none that hold."""
+        mark = mark_of(tensor)
+        writes = self._writes.get(tensor.untyped_storage()._cdata, ())
+        if mark is None or mark.writes == len(writes):
+            return UNKNOWN if mark is None else mark.labels
+        bases = () if tensor._base is None else labels_of(tensor._base).factors
+        for factor in (*mark.labels.factors, *bases, *(one for some in writes[mark.writes :] for one in some)):
+            self.ledger.pin(factor.atoms.ravel(), "its memory is written to under another name")
+        look = Look("written under another name", (len(writes),))
+        self.mark(tensor, UNKNOWN, Origin(mark.origin.source, (*mark.origin.looks, look)))
+        return UNKNOWN
 
 
 def _shape(tensor: Tensor) -> Shape:
@@ -210,20 +240,27 @@ def row_of(name: str, function: Any) -> Row:
     return pointwise if elementwise else unknown
 
 
+def mark_of(tensor: Tensor) -> Mark | None:
+    return getattr(tensor, "_torchtrim_mark", None)
+
+
 def labels_of(tensor: Tensor) -> Labels:
-    return getattr(tensor, "_torchtrim_labels", UNKNOWN)
+    mark = mark_of(tensor)
+    return UNKNOWN if mark is None else mark.labels
 
 
-def _label(tensor: Tensor, labels: Labels, written: bool, version: int | None = None) -> None:
-    """Attach labels, stamped with the version of the memory: it rises by one after an operator that writes."""
-    tensor._torchtrim_labels = labels  # type: ignore[attr-defined]
-    tensor._torchtrim_version = (tensor._version if version is None else version) + written  # type: ignore[attr-defined]
+def origin_of(tensor: Tensor) -> Origin:
+    mark = mark_of(tensor)
+    return NOWHERE if mark is None else mark.origin
 
 
-def _version_of(result: Tensor, operands: list[Tensor]) -> int:
-    """A view has its base's version, which inside the dispatch it does not know yet."""
-    memory = result.untyped_storage()._cdata
-    return next((t._version for t in operands if t.untyped_storage()._cdata == memory), result._version)
+def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors into which an operator writes."""
+    if not function._schema.is_mutable:
+        return []
+    values = {a.name: value for a, value in zip(function._schema.arguments, args, strict=False)} | kwargs
+    mutable = (a.name for a in function._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return tensors(values[name] for name in mutable if name in values)
 
 
 def _constants(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -241,7 +278,7 @@ def _constants(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
 
 def _held(operands: list[Tensor]) -> tuple[Any, ...]:
     """The values of tensors that no operator made: numbers that the model's own code holds."""
-    held = [t for t in operands if t.device.type == "cpu" and not hasattr(t, "_torchtrim_labels")]
+    held = [t for t in operands if t.device.type == "cpu" and mark_of(t) is None]
     with _disable_current_modes():
         return tuple(value for t in held for value in _values(t.detach()))
 
@@ -260,8 +297,13 @@ _FEW = 64
 _MAKERS = frozenset([torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor, Tensor.new])
 
 
+_DATA = Tensor.data
+# Functions that hand the data of a tensor to Python.
+_READERS = frozenset([Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__])
+
+
 class _Data(TorchFunctionMode):
-    """Notes the numbers of which the model's code makes tensors."""
+    """Notes the numbers of which the model's code makes tensors, and the tensors of which it makes numbers."""
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
@@ -273,8 +315,14 @@ class _Data(TorchFunctionMode):
         if func in _MAKERS:
             numbers = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, (int, float)))
             where = self.flow.where[-1] if self.flow.where else ""
-            self.flow.steps.append(Step("data", where, numbers, ()))
-        return func(*args, **(kwargs or {}))
+            self.flow.steps.append(Step("data", where, numbers))
+        elif func in _READERS:
+            for factor in self.flow.read(args[0]).factors:
+                self.flow.ledger.pin(factor.atoms.ravel(), "its data leave PyTorch")
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__self__", None) is _DATA and isinstance(result, Tensor):  # `.data`, which no operator makes
+            self.flow.mark(result, self.flow.read(args[0]), origin_of(args[0]))
+        return result
 
 
 def run(
@@ -291,13 +339,13 @@ def run(
     flow.modules = dict(model.named_modules())
     for name, tensor in named_tensors(model).items():
         if name in labels:
-            _label(tensor, labels[name], False)
+            flow.mark(tensor, labels[name], Origin((name, 0)))
     args, kwargs = pytree.tree_map(
         lambda value: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value,
         call_arguments(example),
     )
-    for tensor in tensors(pytree.tree_leaves((args, kwargs))):
-        _label(tensor, UNKNOWN, False)
+    for index, tensor in enumerate(tensors(pytree.tree_leaves((args, kwargs)))):
+        flow.mark(tensor, UNKNOWN, Origin(("an input", index)))
     model.train(training)
     devices = [] if torch.device(device).type in ("cpu", "meta") else [device]
     try:
@@ -305,9 +353,12 @@ def run(
             outputs = model(*args, **kwargs)
     except Exception as error:
         raise RunError(flow, error) from error
-    for output in _outputs(outputs):
-        for factor in labels_of(output).factors:
-            ledger.pin(factor.atoms.ravel(), "it is an output of the model")
+    found = _outputs(outputs, set())
+    read = [flow.read(output) for output in found]
+    for factor in (factor for one in read for factor in one.factors):
+        ledger.pin(factor.atoms.ravel(), "it is an output of the model")
+    seen = tuple((tuple(output.shape), one) for output, one in zip(found, read, strict=True))
+    flow.steps.append(Step(OUTPUT, "", (), seen, tuple(origin_of(output) for output in found)))
     return flow
 
 
@@ -346,14 +397,26 @@ def _unfused() -> Generator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def _outputs(value: Any) -> list[Tensor]:
-    """All tensors in what a model returns, dataclasses and dictionaries of its own included."""
+def _outputs(value: Any, seen: set[int]) -> list[Tensor]:
+    """All tensors in what a model returns, in containers and objects of any kind."""
     found: list[Tensor] = []
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
             found.append(leaf)
-        elif isinstance(leaf, Mapping):
-            found += _outputs(dict(leaf))
-        elif hasattr(leaf, "__dict__"):
-            found += _outputs(list(vars(leaf).values()))
+        elif id(leaf) not in seen and not isinstance(leaf, (type, nn.Module)):
+            seen.add(id(leaf))
+            found += _outputs(_parts(leaf), seen)
     return found
+
+
+def _parts(value: Any) -> list[Any]:
+    """What an object that is no plain container holds."""
+    if isinstance(value, Iterator):
+        raise TraceError("the model returns an iterator, whose outputs cannot be seen; expected tensors: return a list")
+    if isinstance(value, Mapping):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, Set):
+        return sorted(value, key=lambda one: str(origin_of(one).source) if isinstance(one, Tensor) else "")
+    slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    names = [name for some in slots for name in ((some,) if isinstance(some, str) else some)]
+    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in names)]

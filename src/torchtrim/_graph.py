@@ -194,14 +194,25 @@ def trial(graph: NeuronGraph) -> Kept:
 
 
 def _try(model: nn.Module, graph: NeuronGraph) -> Failure | None:
-    """Prove the trial; a failure that blames nobody locks everything."""
+    """Prove the trial. A failure that blames nobody locks the groups that fail alone too, or else everything."""
     kept = trial(graph)
-    if kept.all():
-        return None
+    failure = None if kept.all() else _attempt(model, graph, kept)
+    if failure is None or failure[0]:
+        return failure
+    groups: dict[str, set[int]] = {}
+    for layer in graph.layers.values():
+        groups.setdefault(layer.group, set()).update(layer.roots.tolist())
+    blamed: set[int] = set()
+    for roots in groups.values():
+        alone = np.ones(len(kept), bool)
+        alone[list(roots)] = kept[list(roots)]
+        if not alone.all() and _attempt(model, graph, alone) is not None:
+            blamed |= roots
+    return blamed or set().union(*groups.values()), failure[1]
+
+
+def _attempt(model: nn.Module, graph: NeuronGraph, kept: Kept) -> Failure | None:
     light = {name: tensor.detach().to(graph.device) for name, tensor in named_tensors(model).items()}
     trimmed = rebuild(model, cut(graph, light, kept))
     set_attributes(model, trimmed, graph, kept)
-    failure = prove(model, graph, trimmed, kept)
-    if failure is not None and not failure[0]:
-        return {value for layer in graph.layers.values() for value in layer.roots.tolist()}, failure[1]
-    return failure
+    return prove(model, graph, trimmed, kept)

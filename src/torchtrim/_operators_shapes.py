@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from torchtrim._labels import Atoms, Factor, Labels, fit, reshape
@@ -76,13 +77,20 @@ def _permute(call: Call) -> Labels:
     labels = call.labels_of(inputs)
     if not labels.factors:
         return labels
-    order = list(range(inputs.ndim))
-    if call.name == "permute":
-        order = [axis % inputs.ndim for axis in call.args[1]]
-    elif inputs.ndim >= 2:
-        a, b = (0, 1) if call.name == "t" else (call.args[1], call.args[2])
-        order[a], order[b] = order[b], order[a]
+    order = order_of(call)
     return labels.with_factors(f.map(f.atoms.transpose(order)) for f in labels.factors)
+
+
+def order_of(call: Call) -> list[int]:
+    """Which axis of the operand each axis of the result of a permutation is."""
+    ndim = call.args[0].ndim
+    order = list(range(ndim))
+    if call.name == "permute":
+        order = [axis % ndim for axis in call.args[1]]
+    elif ndim >= 2:
+        a, b = (0, 1) if call.name in ("t", "numpy_T") else (-2, -1) if call.name == "mT" else call.args[1:3]
+        order[a], order[b] = order[b], order[a]
+    return order
 
 
 @ROWS.of("expand")
@@ -145,9 +153,13 @@ def _tiled(call: Call, atoms: Atoms, axis: int, start: int, size: int, step: int
 def _slice(call: Call) -> Labels:
     inputs = call.args[0]
     axis = call.argument(1, "dim", 0) % inputs.ndim
-    start = call.argument(2, "start") or 0
-    start = min(max(start + inputs.shape[axis] if start < 0 else start, 0), inputs.shape[axis])
-    return _piece(call, axis, start, call.result.shape[axis], call.argument(4, "step", 1))
+    return _piece(call, axis, start_of(call, axis), call.result.shape[axis], call.argument(4, "step", 1))
+
+
+def start_of(call: Call, axis: int) -> int:
+    """Where a slice starts."""
+    start, length = call.argument(2, "start") or 0, call.args[0].shape[axis]
+    return min(max(start + length if start < 0 else start, 0), length)
 
 
 @ROWS.of("narrow")
@@ -248,9 +260,12 @@ def _stack(call: Call) -> Labels:
 
 @ROWS.of("roll")
 def _roll(call: Call) -> Labels:
+    """Without axes it rolls the flattened tensor."""
     labels = call.labels_of(call.args[0])
     shifts, axes = call.args[1], call.argument(2, "dims", [])
-    return labels.with_factors(f.map(np.roll(f.atoms, shifts, axes or None)) for f in labels.factors)
+    if not axes:
+        return unknown(call)
+    return labels.with_factors(f.map(np.roll(f.atoms, shifts, axes)) for f in labels.factors)
 
 
 @ROWS.of("index_select", "gather", "take_along_dim", "sort", "topk")
@@ -270,7 +285,8 @@ def _index(call: Call) -> Labels:
     inputs, indices = call.args[0], call.args[1]
     picked = [axis for axis, index in enumerate(indices) if index is not None]
     adjacent = picked == list(range(picked[0], picked[0] + len(picked)))
-    if not adjacent or _has_labels(call, tensors([indices])):
+    masks = any(index.dtype in (torch.bool, torch.uint8) and index.ndim > 1 for index in tensors(indices))
+    if masks or not adjacent or _has_labels(call, tensors([indices])):
         return unknown(call)
     labels = call.labels_of(inputs)
     factors = call.fix_axes(labels.factors, picked, "positions are picked")

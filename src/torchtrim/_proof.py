@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from torchtrim._flow import RunError, Step, named_tensors, rebuild, run
+from torchtrim._flow import OUTPUT, RunError, Step, named_tensors, rebuild, run
 from torchtrim._labels import Atoms, Factor, Labels, Ledger, Shape, canonical
 from torchtrim._neurons import Kept, NeuronGraph, cut, silence
+from torchtrim._origins import Look, Piece
 
 Failure = tuple[set[int], str]  # the roots to blame, and why
 
@@ -114,33 +115,37 @@ def _compare_steps(
         if new is None or new.name != step.name or len(new.tensors) != len(step.tensors):
             found = _roots(graph, (labels for _, labels in step.tensors))
             blamed |= _cut_layers(graph, kept, found)
-            reason = reason or f"another operator runs in place of aten::{step.name} in {_place(step)}"
+            reason = reason or f"another operator runs in place of {_place(step)}"
             break
-        if not _same_constants(step.constants, new.constants):
+        if not _same_constants(step.constants, new.constants, exact=graph.device == "meta"):
             found = _roots(graph, (labels for _, labels in step.tensors))
-            reason = reason or f"a number depends on the width at aten::{step.name} in {_place(step)}"
-        else:
-            found = expectations.disagreeing(step, new)
+            reason = reason or f"a number depends on the width at {_place(step)}"
+        elif (found := expectations.disagreeing(step, new)) is not None:
+            reason = reason or f"trimmed labels disagree at {_place(step)}"
+        elif (misread := expectations.misread(step, new)) is not None:
+            found = _roots(graph, misread)
+            reason = reason or f"what is read depends on the width at {_place(step)}"
         if found is not None:
             blamed |= _cut_layers(graph, kept, found)
-            reason = reason or f"trimmed labels disagree at aten::{step.name} in {_place(step)}"
     return (blamed, reason) if reason else None
 
 
 def _place(step: Step) -> str:
-    return step.where or "the model itself"
+    return "the outputs" if step.name == OUTPUT else f"aten::{step.name} in {step.where or 'the model itself'}"
 
 
-def _same_constants(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
+def _same_constants(old: tuple[Any, ...], new: tuple[Any, ...], *, exact: bool) -> bool:
     return len(old) == len(new) and all(
-        one == other or (isinstance(one, float) and isinstance(other, float) and _close(one, other))
+        one == other or (isinstance(one, float) and isinstance(other, float) and _close(one, other, exact))
         for one, other in zip(old, new, strict=True)
     )
 
 
-def _close(one: float, other: float) -> bool:
+def _close(one: float, other: float, exact: bool) -> bool:
     """Numbers that the model read from its data differ by rounding."""
-    return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-7) or (math.isnan(one) and math.isnan(other))
+    if math.isnan(one) or math.isnan(other) or exact:
+        return math.isnan(one) and math.isnan(other)
+    return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-7)
 
 
 def _blame_error(graph: NeuronGraph, kept: Kept, steps: Sequence[Step], error: RunError) -> Failure:
@@ -168,13 +173,13 @@ def _cut_layers(graph: NeuronGraph, kept: Kept, found: set[int]) -> set[int]:
 
 @dataclass(frozen=True, eq=False)
 class _Expected:
-    """What a label must be after the cut. `counts`: positions kept along axes counted from the end.
+    """What a label must be after the cut. `lines`: which positions are kept along axes counted from the end.
 
     `factors`: each remaining factor's shape and content, with the atoms it speaks of. None where what is removed is
     not rectangular, so that no tensor can be left.
     """
 
-    counts: Mapping[int, int]
+    lines: Mapping[int, NDArray[np.bool_]]
     factors: Mapping[tuple[Shape, bytes], Atoms] | None
     roots: Atoms
 
@@ -199,8 +204,36 @@ class _Expectations:
                 found = (found or set()) | blamed
         return found
 
+    def misread(self, old: Step, new: Step) -> list[Labels] | None:
+        """The labels of operands that were computed elsewhere or read in another way; None if there are none."""
+        found: list[Labels] | None = None
+        for one, other, (_, labels) in zip(old.origins, new.origins, old.tensors, strict=False):
+            looks = zip(one.looks, other.looks, strict=False)
+            different = [look for look, new_look in looks if not self._same_look(look, new_look)]
+            if one.source != other.source or len(one.looks) != len(other.looks) or different:
+                found = [*(found or ()), labels, *(look.labels for look in different if isinstance(look, Piece))]
+        return found
+
+    def _same_look(self, old: Look | Piece, new: Look | Piece) -> bool:
+        if isinstance(old, Piece) and isinstance(new, Piece):
+            return self._same_piece(old, new)
+        return (
+            isinstance(old, Look)
+            and isinstance(new, Look)
+            and (old.kind, len(old.numbers)) == (new.kind, len(new.numbers))
+            and all(one is None or one == other for one, other in zip(old.numbers, new.numbers, strict=True))
+        )
+
+    def _same_piece(self, old: Piece, new: Piece) -> bool:
+        """Whether a piece holds those of the old one's positions that are kept."""
+        line = self._expect(old.labels).lines.get(old.axis, np.ones(old.length, bool))
+        renumbered = np.cumsum(line) - 1
+        positions = np.array(old.positions, np.int64)
+        expected = renumbered[positions[line[positions]]]
+        return (old.axis, int(line.sum())) == (new.axis, new.length) and expected.tolist() == list(new.positions)
+
     def _fits(self, old_shape: Shape, labels: Labels, new_shape: Shape, loose: bool) -> bool:
-        counts = self._expect(labels).counts
+        counts = {axis: int(line.sum()) for axis, line in self._expect(labels).lines.items()}
         ndim = len(old_shape)
         return len(new_shape) == ndim and (
             (labels.uniform and loose) or all(new_shape[i] == counts.get(i - ndim, old_shape[i]) for i in range(ndim))
@@ -241,8 +274,7 @@ class _Expectations:
                 if len(line) > 1:
                     where = axis - keep.ndim
                     lines[where] = lines[where] & line if where in lines else line
-        counts = {axis: int(line.sum()) for axis, line in lines.items()}
-        return _Expected(counts, _contents(_taken(atoms, lines) for atoms in factors), roots)
+        return _Expected(lines, _contents(_taken(atoms, lines) for atoms in factors), roots)
 
 
 def _all_but(axis: int, ndim: int) -> tuple[int, ...]:
