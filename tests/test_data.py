@@ -367,6 +367,16 @@ def test_only_training_images_are_augmented(tmp_path: Path) -> None:
     torch.testing.assert_close(centre[0, 0], expected)
 
 
+def test_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        write_images(tmp_path / part)
+    broken = next((tmp_path / "val").rglob("*.*"))
+    broken.write_bytes(b"no image")
+    data = load_data(f"imagefolder:{tmp_path}", resize=10, crop=8)
+    with pytest.raises(DataError, match=r"expected an image, found.*repair or remove it"):
+        list(data.test)
+
+
 def test_image_folder_errors(tmp_path: Path) -> None:
     write_images(tmp_path / "train")
     name = f"imagefolder:{tmp_path}"

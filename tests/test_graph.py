@@ -5,6 +5,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 import torchtrim
 from torchtrim._graph import trial
@@ -120,3 +121,16 @@ def test_a_lazy_layer_must_run_first() -> None:
         torchtrim.trace(model, torch.zeros(2, 3))
     model(torch.zeros(2, 3))
     assert set(torchtrim.trace(model, torch.zeros(2, 3)).layers) == {"0", "1"}
+
+
+def test_a_pruned_layer_goes_by_its_own_name() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    prune.random_unstructured(model[0], "weight", amount=0.3)
+    example = torch.randn(4, 6, dtype=torch.float64)
+    assert list(torchtrim.trace(model, example).layers) == ["0", "2"]
+    measured = torchtrim.profile(model, [example])
+    assert measured["0"].incoming_l1 == pytest.approx(model[0].weight.abs().sum(1).tolist())
+    plan = torchtrim.Plan({"0": torchtrim.LayerPlan(8, (1, 2))})
+    small = torchtrim.trim(model, plan, example)
+    assert (small[0].out_features, small[2].in_features) == (6, 6)
+    assert torch.equal(small(example), torchtrim.mask(model, plan, example)(example))

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 from small_data import write_idx, write_images, write_model
-from torchtrim import MeanPlusStd, Profile, Progressive, Stop, TorchtrimError, TorchtrimWarning, _cost, _loop
+from torchtrim import Fraction, MeanPlusStd, Profile, Progressive, Stop, TorchtrimError, TorchtrimWarning, _cost, _loop
 from torchtrim import _job as job
 from torchtrim._job import run, silence
 from torchtrim._models import build_model, load_weights
@@ -143,7 +143,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings: Settings, monkeypat
     assert [one.number for one in rounds] == [1, 2, 3]
     assert contents(settings.out) == contents(whole.out)
     assert len(contents(settings.out)) == 9
-    columns = [[line.split()[1:-5] for line in text if line[:5].strip().isdigit()] for text in (expected, lines)]
+    columns = [[line.split()[1:7] for line in text if line[:5].strip().isdigit()] for text in (expected, lines)]
     assert columns[0] == columns[1]  # all but the timings
     assert len(columns[0]) == 4
 
@@ -155,6 +155,7 @@ def test_a_finished_run_can_go_on_for_more_rounds(settings: Settings) -> None:
     lines, again = said(settings, resume=True)
     assert [one.number for one in again] == [1, 2, 3]
     assert sum(line[:5].strip().isdigit() for line in lines) == 4
+    assert "The run was complete; nothing was left to do." in "\n".join(lines)
 
 
 def test_another_run_in_the_directory_is_kept_unless_asked(settings: Settings) -> None:
@@ -315,6 +316,11 @@ def test_silence_is_measured_on_the_calibration_data_and_kept(settings: Settings
     assert parts[-1] == f"Next: torchtrim run {source.model} --data {source.data} --calibration 20 --layers {first}"
 
 
+def test_what_is_advised_next_is_what_was_looked_at(settings: Settings) -> None:
+    parts = list(silence(settings.source, Fraction(0.3), "l1_norm", PLAIN, SILENT, None))
+    assert " --rule fraction:0.3 --criterion l1_norm --layers " in parts[-1]
+
+
 def test_an_untrained_model_is_measured_with_a_warning(tmp_path: Path) -> None:
     source = Source("torchvision:squeezenet1_1", write_images(tmp_path / "colours"), resize=32, crop=32)
     with pytest.warns(TorchtrimWarning, match="squeezenet1_1 comes untrained"):
@@ -330,6 +336,8 @@ def test_a_profile_replaces_nothing_but_a_profile(settings: Settings, tmp_path: 
     with pytest.raises(StoreError, match="expected a profile"):
         list(silence(settings.source, MeanPlusStd(1), "apoz", PLAIN, SILENT, place))
     assert place.read_text() == "mine"
+    with pytest.raises(StoreError, match="expected a file to write the profile into, found a directory"):
+        list(silence(settings.source, MeanPlusStd(1), "apoz", PLAIN, SILENT, tmp_path))
     with pytest.raises(StoreError, match="a directory that exists"):
         list(silence(settings.source, MeanPlusStd(1), "apoz", PLAIN, SILENT, tmp_path / "none" / "profile"))
 
@@ -352,7 +360,7 @@ def test_a_run_ends_after_four_rounds_unless_a_limit_is_given() -> None:
     assert stop_at(None, None, None) == Stop(rounds=4)
     assert stop_at(None, 2.5, None) == Stop(compression=2.5)
     assert stop_at(7, None, 99.0) == Stop(rounds=7, accuracy=99.0)
-    with pytest.raises(TorchtrimError, match="rounds must be at least 1, found 0"):
+    with pytest.raises(TorchtrimError, match="rounds must be a whole number of at least 1, found 0"):
         stop_at(0, None, None)
 
 

@@ -233,7 +233,9 @@ def test_a_model_without_trimmable_layers_says_why() -> None:
 def test_stop_needs_a_condition() -> None:
     with pytest.raises(TorchtrimError, match="at least one of"):
         Stop()
-    with pytest.raises(TorchtrimError, match=r"rounds must be at least 1, found 0; compression must be above 1"):
+    with pytest.raises(
+        TorchtrimError, match=r"rounds must be a whole number of at least 1, found 0; compression must be above 1"
+    ):
         Stop(rounds=0, compression=1)
     with pytest.raises(TorchtrimError, match="start of at least 1"):
         Progressive(0)

@@ -179,6 +179,14 @@ def test_weights_of_another_architecture_are_listed(tmp_path: Path) -> None:
     assert "  3 of another shape: fc1.weight 400×800, not 500×800, fc1.bias 400, not 500, fc2.weight" in message
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_weights_of_a_wrapped_model(tmp_path: Path, prefix: str) -> None:
+    given = {prefix + name: value for name, value in LeNet().state_dict().items()}
+    torch.save(given, tmp_path / "weights.pt")
+    with pytest.raises(ModelError, match=f"saved from a wrapped model; .* without '{prefix}'"):
+        load_weights(LeNet(), tmp_path / "weights.pt")
+
+
 def test_many_misfits_are_counted_and_a_few_are_named(tmp_path: Path) -> None:
     torch.save({f"layer{number}.weight": torch.zeros(1) for number in range(50)}, tmp_path / "weights.pt")
     with pytest.raises(ModelError, match=r"50 unexpected: layer0\.weight, layer1\.weight, layer2\.weight, …\n"):

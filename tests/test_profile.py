@@ -354,7 +354,8 @@ def test_everything_is_left_as_it_was_when_interrupted() -> None:
     [
         ([], "expected at least one batch"),
         (torch.randn(2, 4), "expected an iterable of batches, found a tensor"),
-        ([torch.randn(2, 5)], r"batch 1: Activations cannot run on the example"),
+        ([torch.randn(2, 5)], r"batch 1: Activations cannot run on the example.*pass forward=lambda"),
+        ([torch.randn(2, 4), torch.randn(0, 4)], r"batch 2: expected at least one example, found none"),
         ([torch.randn(2, 4), torch.randn(2, 5)], r"batch 2: Activations cannot run on it: RuntimeError"),
         ([torch.randn(2, 4), torch.full((2, 4), torch.nan)], r"batch 2: NaN or infinite .* layer 'hidden' \(relu"),
         ([torch.full((2, 4), torch.inf)], "batch 1: NaN or infinite"),

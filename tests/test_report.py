@@ -88,16 +88,25 @@ def test_the_lines_of_a_round_table() -> None:
     table = RoundTable(ANCESTOR, ["conv2", "fc1"], batch=32)
     lines = [table.line(cells) for cells in (table.titles, table.first, *map(table.cells, rounds()))]
     assert lines == [
-        "round  conv1-conv2-fc1-fc2  parameters  compression  test accuracy (%)     FLOPs     latency  speed-up"
-        "      time",
-        "    0  4-4-10-2                  1,200        1.00×              99.31    2.00 M     3.00 ms     1.00×"
-        "    12.3 s",
-        "    1  4-3-8-2                   1,000        1.20×      90.12 → 99.26    1.00 M     2.00 ms     1.50×"
-        "     5.0 s",
-        "    2  4-2-6-2                     800        1.50×      90.12 → 99.26    1.00 M     2.00 ms     1.50×"
-        "     5.0 s",
+        "round  conv1-conv2-fc1-fc2  parameters  compression  test accuracy (%)  speed-up     FLOPs           latency"
+        "     time",
+        "    0  4-4-10-2                  1,200        1.00×              99.31     1.00×    2.00 M           3.00 ms"
+        "   12.3 s",
+        "    1  4-3-8-2                   1,000        1.20×      90.12 → 99.26     1.50×    1.00 M    3.00 → 2.00 ms"
+        "    5.0 s",
+        "    2  4-2-6-2                     800        1.50×      90.12 → 99.26     1.50×    1.00 M    3.00 → 2.00 ms"
+        "    5.0 s",
     ]
     assert "batch of 32 inputs on the CPU" in table.caption
+
+
+def test_the_last_columns_make_room() -> None:
+    table = RoundTable(ANCESTOR, ["conv2", "fc1"], batch=32, columns=80)
+    assert table.line(table.titles).split() == [
+        "round", "conv1-conv2-fc1-fc2", "parameters", "compression", "test", "accuracy", "(%)", "speed-up",
+    ]  # fmt: skip
+    assert len(table.line(table.first)) <= 80
+    assert len(table.cells(rounds(1)[0])) == len(table.titles)
 
 
 def test_without_a_test_the_deciding_accuracy_is_shown() -> None:
@@ -119,7 +128,7 @@ def test_of_a_large_model_only_trimmed_layers_are_shown() -> None:
     ("flops", "expected"), [(12, "12"), (4_586_000, "4.59 M"), (30_960_000_000, "30.96 G"), (2_000, "2.00 k")]
 )
 def test_flops_are_short(flops: int, expected: str) -> None:
-    assert RoundTable(replace(ANCESTOR, cost=cost(1, flops, 1)), None, batch=1).first[5] == expected
+    assert RoundTable(replace(ANCESTOR, cost=cost(1, flops, 1)), None, batch=1).first[6] == expected
 
 
 def test_the_markdown_table() -> None:
@@ -177,6 +186,10 @@ def test_advice_begins_with_the_most_silent_layers() -> None:
 
 def test_advice_when_nothing_is_to_be_done() -> None:
     assert advice(measured(), Threshold(1.0))[-1] == "The rule removes nothing there; choose a lower limit."
+    smooth = Profile({"a": layer("a", [0, 0, 0]), "b": layer("b", [0, 0])}, 50)
+    (sentence,) = advice(smooth, MeanPlusStd(1))
+    assert "APoZ says nothing here; choose another criterion" in sentence
+    assert len(advice(smooth, MeanPlusStd(1), "l1_norm")) > 1
     assert advice(Profile({"fc2": measured()["fc2"]}, 50), MeanPlusStd(1))[0].startswith("There is nothing to trim")
 
 
@@ -209,6 +222,12 @@ def test_many_layers_and_rounds_and_perfect_accuracy_can_be_drawn() -> None:
     many = [replace(perfect, number=number, cost=cost(1_200 - number, 1, 1)) for number in range(1, 21)]
     image = opened(picture(many, 100.0, rule=Fraction(0.3), criterion="l1_norm"))
     assert image.height < 3_000
+
+
+def test_a_layer_whose_activations_were_not_observed_can_be_drawn() -> None:
+    one = rounds(1)[0]
+    blind = Profile({"conv2": layer("conv2", [0] * 4, positions=0), "fc1": layer("fc1", [0] * 10, positions=0)}, 50)
+    assert opened(picture([replace(one, profile=blind)], 99.31, rule=Fraction(0.3), criterion="l1_norm")).width > 500
 
 
 @pytest.mark.parametrize("values", [(33.33, 33.33), (99.4, 99.6), (0.0, 100.0), (50.0, 99.9)])

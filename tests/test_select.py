@@ -130,6 +130,13 @@ def test_select_by_apoz():
     assert plan.notes == ()
 
 
+def test_a_rule_may_be_named() -> None:
+    measured = profile(layer("a", [10, 20, 90]))
+    assert select(measured, rule="threshold:0.5") == select(measured, rule=Threshold(0.5))
+    with pytest.raises(PlanError, match="unknown rule 'mean'"):
+        select(measured, rule="mean")
+
+
 def test_select_by_another_criterion():
     layers = profile(layer("a", [10, 20, 30]))
     plan = select(layers, rule=Fraction(0.4), criterion=lambda item: -item.apoz)

@@ -319,8 +319,8 @@ def _image_folder(name: str, directory: Path, calibration: int | None, seed: int
     centred = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop), *normalised])
     tested = directory / ("val" if (directory / "val").is_dir() else "test")
     try:
-        train = ImageFolder(str(directory / "train"), transforms.Compose(augmented))
-        test = ImageFolder(str(tested), centred)
+        train = ImageFolder(str(directory / "train"), transforms.Compose(augmented), loader=_image)
+        test = ImageFolder(str(tested), centred, loader=_image)
     except OSError as error:  # no such directory, no class folders, or one without images
         raise DataError(
             f"{directory}: expected train/CLASS/IMAGE and val/CLASS/IMAGE (or test/CLASS/IMAGE), found: "
@@ -342,3 +342,13 @@ def _image_folder(name: str, directory: Path, calibration: int | None, seed: int
         classes=tuple(train.classes),
         shape=(3, crop, crop),
     )
+
+
+def _image(path: str) -> Any:
+    """The image of a file, in colour. Raises DataError: it cannot be read."""
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+        raise DataError(f"{path}: expected an image, found: {error}; repair or remove it") from error

@@ -21,6 +21,8 @@ from torchtrim.errors import TraceError
 
 __all__ = ["Layer", "NeuronGraph", "trace", "trial"]
 
+_WEIGHTS = (".weight", ".weight_v", ".weight_orig")  # the latter two where `weight_norm` or `prune` compute the weight
+
 
 def trace(model: nn.Module, example: Any) -> NeuronGraph:
     """The neurons of a model. `example` is what the model is called with; only its shapes matter where possible.
@@ -136,6 +138,8 @@ def _owners(axes: Mapping[str, tuple[Atoms, ...]], produced: Sequence[Atoms]) ->
         first = int(atoms.max())
         if first:
             parameter, axis = places[int(starts[np.searchsorted(starts, first, "right") - 1])]
+            if parameter.endswith("_mask") and (original := f"{parameter.removesuffix('_mask')}_orig") in axes:
+                parameter = original  # torch.nn.utils.prune keeps a parameter and its mask
             name = _layer_name(parameter)
             owners.setdefault(name, _Owner(name, parameter, axis))
     for parameter, per_axis in axes.items():
@@ -150,7 +154,7 @@ def _layer_name(parameter: str) -> str:
     module, parametrized, _ = parameter.partition(".parametrizations.weight.")
     if parametrized:
         return module
-    return next((parameter.removesuffix(end) for end in (".weight", ".weight_v") if parameter.endswith(end)), parameter)
+    return next((parameter.removesuffix(end) for end in _WEIGHTS if parameter.endswith(end)), parameter)
 
 
 def _layers(

@@ -6,6 +6,8 @@ anything is trained.
 
 import os
 import shlex
+import shutil
+import sys
 import textwrap
 import time
 import warnings
@@ -30,7 +32,7 @@ from torchtrim._picture import picture
 from torchtrim._profile import Profile, profile, unmeasured
 from torchtrim._report import Ancestor, RoundTable, advice, profile_table
 from torchtrim._run_directory import RunDirectory
-from torchtrim._select import Rule, check_layers
+from torchtrim._select import MeanPlusStd, Rule, check_layers
 from torchtrim._settings import Settings
 from torchtrim._source import Opened, Source, open_source
 from torchtrim._training import Training, evaluate, shown, train
@@ -67,19 +69,23 @@ def silence(
     if out is not None:
         measured.save(out)
         yield f"The profile is in {short(out)}."
-    yield f"Next: {_next_run(source, measured)}"
+    yield f"Next: {_next_run(source, measured, rule, criterion)}"
 
 
 def _check_profile_file(out: Path) -> None:
+    if out.is_dir():
+        raise StoreError(f"{out}: expected a file to write the profile into, found a directory; add a name to --out")
     if out.exists():
         Profile.load(out)  # anything else is not ours to replace
     elif not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise StoreError(f"{out}: expected a place in a directory that exists and can be written; choose another --out")
 
 
-def _next_run(source: Source, measured: Profile) -> str:
-    training = ["--train-epochs", "4"] if source.untrained else []
-    return _command("run", source, *training, "--layers", ",".join(Progressive().choose(measured, ())))
+def _next_run(source: Source, measured: Profile, rule: Rule, criterion: str) -> str:
+    asked = ["--train-epochs", "4"] if source.untrained else []
+    asked += ["--rule", str(rule)] if str(rule) != str(MeanPlusStd()) else []
+    asked += ["--criterion", criterion] if criterion != "apoz" else []
+    return _command("run", source, *asked, "--layers", ",".join(Progressive().choose(measured, ())))
 
 
 def _command(verb: str, source: Source, *more: str) -> str:
@@ -128,7 +134,7 @@ def _trim_all(settings: Settings, opened: Opened, directory: RunDirectory, say: 
         rounds.append(done)
         say(table.line(table.cells(done)))
     _write_report(settings, table, rounds, float(directory.facts["accuracy"]))
-    say(_closing(settings, rounds))
+    say(_closing(settings, rounds, 0 < len(rounds) == trimming.earlier))
     return rounds
 
 
@@ -141,6 +147,7 @@ class _Trimming:
         self._directory = directory
         self._progress = progress
         self._number = 1  # of the round in progress
+        self.earlier = 0  # rounds that were there already
         self._example = torch.zeros(LATENCY_BATCH, *opened.data.shape)
         self._ancestor = self._kept_ancestor()
 
@@ -153,6 +160,7 @@ class _Trimming:
             Ancestor(widths, cost, float(facts["accuracy"]), float(facts["seconds"])),
             [name for name in widths if any(fnmatchcase(name, pattern) for pattern in patterns)],
             batch=LATENCY_BATCH,
+            columns=shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else None,
             device=_place(self._opened.device),
         )
 
@@ -162,7 +170,8 @@ class _Trimming:
         for one in done:
             one.model.to(self._opened.device)
             yield one
-        self._number += len(done)
+        self.earlier = len(done)
+        self._number += self.earlier
         reading = settings.retraining
         loader = batches(data.calibration, reading.batch_size, workers=reading.workers)
         new = iterate(
@@ -283,8 +292,8 @@ def best(rounds: Sequence[Round], stop: Stop) -> Round | None:
     return kept[-1] if kept else None
 
 
-def _closing(settings: Settings, rounds: Sequence[Round]) -> str:
-    lines = [""]
+def _closing(settings: Settings, rounds: Sequence[Round], complete: bool) -> str:
+    lines = ["", *(["The run was complete; nothing was left to do."] * complete)]
     if not rounds or not settings.stop.reached(rounds[-1]):
         lines.append("The rule removes nothing more; a lower limit or other layers would.")
     chosen = best(rounds, settings.stop)

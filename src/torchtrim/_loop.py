@@ -3,6 +3,7 @@
 `iterate` is a generator of rounds; whoever draws from it decides what to keep. Hu et al., "Network Trimming", 2016.
 """
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torchtrim._graph import trace
 from torchtrim._history import history
 from torchtrim._plan import Plan
 from torchtrim._profile import Forward, Profile, profile, unmeasured
-from torchtrim._select import Rule, check_layers, select
+from torchtrim._select import Rule, check_layers, resolve_rule, select
 from torchtrim._surgery import trim
 from torchtrim.criteria import Criterion
 from torchtrim.errors import TorchtrimError
@@ -86,14 +87,13 @@ class Stop:
     accuracy: float | None = None
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{name} must be {expected}, found {value!r}"
-            for name, expected, value, least in (
-                ("rounds", "at least 1", self.rounds, 1),
-                ("compression", "above 1", self.compression, 1 + 1e-12),
-            )
-            if value is not None and not value >= least
-        ]
+        rounds, compression, accuracy = self.rounds, self.compression, self.accuracy
+        fitting = (
+            ("rounds", "a whole number of at least 1", rounds, rounds is None or (rounds == int(rounds) >= 1)),
+            ("compression", "above 1", compression, compression is None or compression > 1),
+            ("accuracy", "a finite number", accuracy, accuracy is None or math.isfinite(accuracy)),
+        )
+        faults = [f"{name} must be {expected}, found {value!r}" for name, expected, value, fits in fitting if not fits]
         if self.rounds is self.compression is self.accuracy is None:
             faults.append("expected at least one of rounds, compression, accuracy, found none")
         if faults:
@@ -148,7 +148,7 @@ def iterate(
     *,
     retrain: Retrain,
     evaluate: Evaluate,
-    rule: Rule,
+    rule: Rule | str,
     stop: Stop,
     layers: Sequence[str] | Progressive | None = None,
     criterion: Criterion | str = criteria.apoz,
@@ -178,7 +178,9 @@ def iterate(
             f"batches: expected data that can be read once a round, such as a list or a DataLoader, found the "
             f"iterator {type(batches).__name__}, which is used up after one"
         )
-    settings = _Settings(example, batches, retrain, evaluate, rule, stop, layers, criterion, test, forward, seed)
+    settings = _Settings(
+        example, batches, retrain, evaluate, resolve_rule(rule), stop, layers, criterion, test, forward, seed
+    )
     return _rounds(model, settings, list(done))
 
 

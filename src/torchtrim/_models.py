@@ -258,10 +258,16 @@ def _check(model: nn.Module, given: Mapping[str, Tensor], path: Path) -> None:
     groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
     faults = [f"  {len(names)} {what}: {_few(names)}" for what, names in groups if names]
     if faults:
+        wrapped = next((p for p in ("module.", "_orig_mod.") if all(name.startswith(p) for name in given)), None)
+        advice = (
+            f"they were saved from a wrapped model; save those of the model itself, without {wrapped!r}"
+            if wrapped and given
+            else "name the model that the weights were saved from"
+        )
         raise ModelError(
             f"{path}: these are not the weights of this {type(model).__name__}; of its {len(own)} tensors\n"
             + "\n".join(faults)
-            + "\nname the model that the weights were saved from"
+            + f"\n{advice}"
         )
 
 

@@ -70,13 +70,13 @@ def picture(
 
 
 def _most_trimmed(rounds: Sequence[Round]) -> list[str]:
-    """The layers that lost most neurons, in order of execution."""
+    """The layers that lost most neurons, in order of execution; those whose APoZ is unknown left out."""
     lost: dict[str, int] = {}
     for done in rounds:
         for name, neurons in done.plan.removed.items():
             lost[name] = lost.get(name, 0) + len(neurons)
     most = sorted(lost, key=lambda name: -lost[name])[:_LAYERS]
-    return [name for name in rounds[0].profile if name in most]
+    return [name for name, layer in rounds[0].profile.items() if name in most and layer.positions.any()]
 
 
 def _spread(rounds: Sequence[Round], most: int) -> list[Round]:
@@ -105,8 +105,10 @@ def _limits(rule: Rule, criterion: Criterion | str) -> Any:
 def _silence(panel: Any, rounds: Sequence[Round], layers: Sequence[str], across: int, down: int, limit: Any) -> None:
     """A ridge of histograms for each layer, one above another as the rounds go down."""
     grid = panel.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+    if not layers:
+        panel.text(0.5, 0.5, "no activation of the trimmed\nlayers was observed", ha="center", color=_FAINT)
     heights = [h.max() for name in layers for done in rounds for h in _shares(done, name)[:1]]
-    scale = 0.74 / max(heights, default=1)
+    scale = 0.74 / (max(heights, default=0) or 1)
     for axes, name in zip(grid, layers, strict=False):
         for row, done in enumerate(rounds):
             _ridge(axes, done, name, len(rounds) - 1 - row, scale, limit)
@@ -121,7 +123,7 @@ def _silence(panel: Any, rounds: Sequence[Round], layers: Sequence[str], across:
     for axes in grid[len(layers) :]:
         axes.set_visible(False)
     panel.supxlabel("APoZ of the neurons before the round (%)", fontsize=9)
-    panel.legend(handles=_legend(), loc="outside upper left", ncols=3, frameon=False, fontsize=8.5)
+    panel.legend(handles=_legend(), loc="outside upper left", ncols=3 if across > 1 else 1, frameon=False, fontsize=8.5)
 
 
 def _ridge(axes: Any, done: Round, name: str, base: float, scale: float, limit: Any) -> None:
@@ -182,7 +184,7 @@ def _accuracy(axes: Any, rounds: Sequence[Round], ancestor: float) -> None:
     axes.set_xlim(1 - 0.05 * reach, 1 + 1.1 * reach)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
     axes.set_xlabel("compression (parameters of the ancestor / parameters left)")
-    axes.set_ylabel(f"{'test ' if rounds[0].test else ''}accuracy (%)")
+    axes.set_ylabel(f"{'test ' if rounds[0].test else ''}accuracy (%), finer towards 100")
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -205,8 +205,11 @@ def profile(model: nn.Module, batches: Iterable[Any], forward: Forward | None = 
             moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
             try:
                 watch.run(partial(call, model, moved))
-            except (ProfileError, TraceError) as error:
+            except ProfileError as error:
                 raise ProfileError(f"batch {number}: {error}") from error
+            except TraceError as error:
+                otherwise = "" if forward else " To call it otherwise, pass forward=lambda model, batch: ..."
+                raise ProfileError(f"batch {number}: {error}{otherwise}") from error
     if watch.graph is None:
         raise ProfileError(
             "`forward` did not call the model; expected it to call model(...) with the batch"
@@ -341,10 +344,21 @@ def _ratio(total: Floats, positions: Integers) -> Floats:
 
 def _incoming(model: nn.Module, graph: NeuronGraph) -> dict[str, tuple[Floats, Floats]]:
     """L1 and L2 norm of the weights that produce each neuron: float64 [neurons]."""
-    tensors = named_tensors(model)
+    weights = _weights(model)
     return {
-        name: (_norms(tensors[layer.parameter], layer.axis, 1), _norms(tensors[layer.parameter], layer.axis, 2))
+        name: (_norms(weights[layer.parameter], layer.axis, 1), _norms(weights[layer.parameter], layer.axis, 2))
         for name, layer in graph.layers.items()
+    }
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, without the connections that `torch.nn.utils.prune` has taken out."""
+    buffers = dict(model.named_buffers())
+    masks = {name: f"{name.removesuffix('_orig')}_mask" for name, _ in model.named_parameters()}
+    return {
+        name: parameter * buffers[masks[name]] if masks[name] in buffers else parameter
+        for name, parameter in named_tensors(model).items()
+        if isinstance(parameter, nn.Parameter)
     }
 
 
@@ -352,7 +366,7 @@ def _outgoing(model: nn.Module, graph: NeuronGraph) -> tuple[Floats, Floats]:
     """L1 and L2 norm of the weights that read each root: float64 [roots]."""
     first, second = np.zeros((2, len(graph.root)))
     producing = {(layer.parameter, layer.axis) for layer in graph.layers.values()}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _weights(model).items():
         for axis, roots in enumerate(graph.axes[name] if parameter.ndim > 1 else ()):
             if (name, axis) not in producing and roots.size > 1:
                 np.add.at(first, roots, _norms(parameter, axis, 1))

@@ -38,7 +38,8 @@ class RoundTable:
     """The paper's table of an ancestor and its rounds; its lines can be printed while the rounds go on.
 
     layers: those that are trimmed, if they are known. batch: how many inputs the costs are of. tested: whether the
-    accuracy is that of test data. device: where latency was measured. Hu et al., "Network Trimming", 2016.
+    accuracy is that of test data. device: where latency was measured. columns: how many characters a line may have;
+    the last columns make room. Hu et al., "Network Trimming", 2016.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class RoundTable:
         batch: int,
         tested: bool = True,
         device: str = "the CPU",
+        columns: int | None = None,
     ) -> None:
         self._batch = batch
         self._layers = _shown_layers(ancestor.widths, layers)
@@ -58,9 +60,9 @@ class RoundTable:
             "parameters",
             "compression",
             "test accuracy (%)" if tested else "accuracy (%)",
+            "speed-up",
             "FLOPs",
             "latency",
-            "speed-up",
             "time",
         )
         cost = ancestor.cost
@@ -68,10 +70,12 @@ class RoundTable:
         self.caption = (
             "Round 0 is the ancestor. Accuracy: right after trimming → after retraining. FLOPs: of one input, a "
             f"multiplication with its addition as two. Latency: of a batch of {batch} inputs on {device}, "
-            "ancestor and trimmed model timed in turns."
+            "of the ancestor → of the trimmed model, timed in turns."
         )
-        least = ("", "", "", "100.00×", "99.99 → 100.00", "999.99 M", "9999.99 ms", "10.00×", "9999.9 s")
+        least = ("", "", "", "100.00×", "99.99 → 100.00", "10.00×", "999.99 M", "99.99 → 99.99 ms", "999.9 s")
         self._sizes = [max(map(len, column)) for column in zip(self.titles, self.first, least, strict=True)]
+        while columns is not None and len(self._sizes) > 1 and sum(self._sizes) + 2 * len(self._sizes) - 2 > columns:
+            self._sizes.pop()
 
     def cells(self, done: Round) -> tuple[str, ...]:
         """What the table says of a round, a text for each of `titles`."""
@@ -83,7 +87,7 @@ class RoundTable:
         """Some cells as an aligned line of text; begin with `line(table.titles)` and `line(table.first)`."""
         aligned = [
             cell.ljust(size) if place == 1 else cell.rjust(size)
-            for place, (cell, size) in enumerate(zip(cells, self._sizes, strict=True))
+            for place, (cell, size) in enumerate(zip(cells, self._sizes, strict=False))
         ]
         return "  ".join(aligned).rstrip()
 
@@ -103,9 +107,9 @@ class RoundTable:
             f"{cost.parameters:,}",
             f"{ancestor.parameters / cost.parameters:.2f}×",
             accuracy,
-            _short(cost.flops / self._batch),
-            f"{1e3 * cost.latency:.2f} ms",
             f"{ancestor.latency / cost.latency:.2f}×",
+            _short(cost.flops / self._batch),
+            f"{1e3 * ancestor.latency:.2f} → {1e3 * cost.latency:.2f} ms" if number else f"{1e3 * cost.latency:.2f} ms",
             f"{seconds:.1f} s",
         )
 
@@ -170,6 +174,11 @@ def advice(measured: Profile, rule: Rule, criterion: Criterion | str = criteria.
     first = order.choose(measured, ())
     if not first:
         return ["There is nothing to trim: every layer is locked, or no activation was observed."]
+    if criteria.resolve(criterion) is criteria.apoz and all(not measured[name].zeros.any() for name in first):
+        return [
+            "No activation is ever exactly zero, as is usual after GELU, SiLU or tanh, so that APoZ says nothing here; "
+            "choose another criterion, such as contribution."
+        ]
     sentences = [f"Trim first, as their mean APoZ is highest: {', '.join(first)}."]
     for name in first:
         plan = plans.get(name, LayerPlan(measured[name].width))

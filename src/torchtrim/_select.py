@@ -109,23 +109,29 @@ def parse_rule(text: str) -> MeanPlusStd | Threshold | Fraction:
     raise PlanError(f'unknown rule {text!r}, expected such as "mean+1std", "threshold:0.9" or "fraction:0.3"')
 
 
+def resolve_rule(rule: Rule | str) -> Rule:
+    """The rule that a text names; a rule is returned as it is. Raises PlanError."""
+    return parse_rule(rule) if isinstance(rule, str) else rule
+
+
 def select(
     profile: Mapping[str, LayerProfile],
     *,
-    rule: Rule,
+    rule: Rule | str,
     layers: Sequence[str] | None = None,
     criterion: Criterion | str = criteria.apoz,
 ) -> Plan:
     """Decide which neurons go.
 
-    layers: names, or patterns such as "features.*"; None means every layer that is not locked. A layer
-    brings in all layers of its group, since their neurons go together: a unit's score is the mean over
-    the layers of the group. The last unit of a group, and the last neuron of a layer, always stays.
+    rule: such as `MeanPlusStd(1)`, or its text, "mean+1std". layers: names, or patterns such as "features.*"; None
+    means every layer that is not locked. A layer brings in all layers of its group, since their neurons go together:
+    a unit's score is the mean over the layers of the group. The last unit of a group, and the last neuron of a layer,
+    always stays.
 
     Raises PlanError for unknown or locked layers, and for scores that are NaN because nothing was
     observed; with `layers=None`, such a group is left whole, and a note says so.
     """
-    function = criteria.resolve(criterion)
+    function, rule = criteria.resolve(criterion), resolve_rule(rule)
     groups = _groups(profile)
     chosen = _chosen_groups(profile, groups, layers)
 

@@ -67,6 +67,8 @@ def training_for(data: str, **asked: Any) -> Training:
 
 def stop_at(rounds: int | None, compression: float | None, accuracy: float | None) -> Stop:
     """The stop that is asked for; four rounds, as in the paper, if none is."""
+    if accuracy is not None and not 0 <= accuracy <= 100:
+        raise TorchtrimError(f"smallest accuracy: expected per cent, from 0 to 100, found {accuracy!r}")
     nothing = rounds is compression is accuracy is None
     return Stop(rounds=4 if nothing else rounds, compression=compression, accuracy=accuracy)
 
@@ -74,6 +76,8 @@ def stop_at(rounds: int | None, compression: float | None, accuracy: float | Non
 def layers_named(names: Sequence[str], progressive: int | None) -> tuple[str, ...] | Progressive | None:
     """The layers that are asked for, given one by one or with commas; None is all. Raises TorchtrimError: both."""
     single = tuple(name.strip() for text in names for name in text.split(",") if name.strip())
+    if names and not single:
+        raise TorchtrimError(f"layers: expected names, found {', '.join(names)!r}; leave it out to trim all layers")
     if single and progressive is not None:
         raise TorchtrimError("expected either layers or a number of progressive ones, found both")
     return Progressive(progressive) if progressive is not None else single or None

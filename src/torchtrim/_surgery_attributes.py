@@ -15,8 +15,9 @@ from torchtrim._labels import Atoms, Ledger, Size, canonical
 from torchtrim._neurons import Description, Kept, NeuronGraph
 from torchtrim._operators_shapes import is_sizes
 
-# Where a module's weight is kept: as it is, by a parametrization, or by `weight_norm` of either kind.
-_WEIGHTS = ("weight", "parametrizations.weight.original", "parametrizations.weight.original1", "weight_v")
+# Where a module's weight is kept: as it is, by a parametrization, by `weight_norm` of either kind, or by `prune`.
+_WEIGHTS = ("weight", "parametrizations.weight.original", "parametrizations.weight.original1", "weight_v",
+            "weight_orig")  # fmt: skip
 # What attributes that describe a width are called; others of the same value are left alone.
 _WORDS = ("head", "dim", "size", "width", "channel", "chs", "feature", "hidden", "planes", "group")
 

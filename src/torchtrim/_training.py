@@ -29,7 +29,8 @@ Precision = Literal["auto", "no", "bf16", "fp16"]
 _FITTING: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     *((name, "≥ 0", lambda x: 0 <= x < math.inf) for name in ("epochs", "lr", "weight_decay")),
     *((name, "≥ 0 and < 1", lambda x: 0 <= x < 1) for name in ("momentum", "label_smoothing")),
-    *((name, "whole and ≥ 0", lambda x: isinstance(x, int) and x >= 0) for name in ("shift", "workers", "seed")),
+    *((name, "whole and ≥ 0", lambda x: isinstance(x, int) and x >= 0) for name in ("shift", "workers")),
+    ("seed", "whole, ≥ 0 and below 2³²", lambda x: isinstance(x, int) and 0 <= x < 2**32),
     ("batch_size", "whole and ≥ 1", lambda x: isinstance(x, int) and x >= 1),
     ("optimizer", "'adamw' or 'sgd'", lambda x: x in get_args(OptimizerName)),
     ("schedule", "'onecycle' or 'cosine'", lambda x: x in get_args(ScheduleName)),

@@ -100,6 +100,8 @@ class Watch(TorchDispatchMode):
             if self._path is not None:
                 self._wrong.add((self._call, id(self._path)))
             return False
+        except ProfileError:
+            raise
         except Exception as error:
             first = str(error).partition("\n")[0]
             raise ProfileError(
@@ -134,6 +136,8 @@ class Watch(TorchDispatchMode):
         self._path = None
         self._usual[self._shapes()] = path
         self._pending_examples += next((shape[0] for shape in self._shapes() if shape), 1)
+        if not self._pending_examples:
+            raise ProfileError("expected at least one example, found none; leave empty batches out")
         self._call += 1
 
     def _candidate(self) -> _Path | None:

@@ -78,6 +78,7 @@ Threads = Annotated[
     typer.Option(
         metavar="N",
         min=1,
+        max=1024,
         help="CPU threads. Without: one for each core, the demo one. On a busy machine few are faster.",
         rich_help_panel=_RUN,
     ),
@@ -253,7 +254,7 @@ def profile(
         from torchtrim._source import Source
 
         source = Source(model, data, weights, calibration, resize, crop, device, seed)
-        reading = _settings.training_for(data, batch_size=batch_size, workers=workers)
+        reading = _settings.training_for(data, batch_size=batch_size, workers=workers, seed=seed)
         say, progress = _display(threads)
         with progress:
             for part in _job.silence(source, parse_rule(rule), criterion, reading, progress, out):
