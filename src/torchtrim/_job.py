@@ -30,7 +30,7 @@ from torchtrim._graph import trace
 from torchtrim._loop import Progressive, Round, Stop, iterate
 from torchtrim._picture import picture
 from torchtrim._profile import Profile, profile, unmeasured
-from torchtrim._report import Ancestor, RoundTable, advice, profile_table
+from torchtrim._report import Ancestor, RoundTable, advice, profile_table, says_nothing
 from torchtrim._run_directory import RunDirectory
 from torchtrim._select import MeanPlusStd, Rule, check_layers
 from torchtrim._settings import Settings
@@ -83,6 +83,7 @@ def _check_profile_file(out: Path) -> None:
 
 def _next_run(source: Source, measured: Profile, rule: Rule, criterion: str) -> str:
     asked = ["--train-epochs", "4"] if source.untrained else []
+    criterion = "contribution" if says_nothing(measured, criterion) else criterion
     asked += ["--rule", str(rule)] if str(rule) != str(MeanPlusStd()) else []
     asked += ["--criterion", criterion] if criterion != "apoz" else []
     return _command("run", source, *asked, "--layers", ",".join(Progressive().choose(measured, ())))

@@ -174,7 +174,7 @@ def advice(measured: Profile, rule: Rule, criterion: Criterion | str = criteria.
     first = order.choose(measured, ())
     if not first:
         return ["There is nothing to trim: every layer is locked, or no activation was observed."]
-    if criteria.resolve(criterion) is criteria.apoz and all(not measured[name].zeros.any() for name in first):
+    if says_nothing(measured, criterion):
         return [
             "No activation is ever exactly zero, as is usual after GELU, SiLU or tanh, so that APoZ says nothing here; "
             "choose another criterion, such as contribution."
@@ -192,6 +192,12 @@ def advice(measured: Profile, rule: Rule, criterion: Criterion | str = criteria.
     if not any(name in plans and plans[name].removed for name in first):
         sentences.append("The rule removes nothing there; choose a lower limit.")
     return sentences
+
+
+def says_nothing(measured: Profile, criterion: Criterion | str = criteria.apoz) -> bool:
+    """Whether the criterion is APoZ and no activation of the layers to begin with is ever zero."""
+    first = Progressive().choose(measured, ())
+    return criteria.resolve(criterion) is criteria.apoz and not any(measured[name].zeros.any() for name in first)
 
 
 def _plans(measured: Profile, rule: Rule, criterion: Criterion | str) -> tuple[Mapping[str, LayerPlan], str]:
