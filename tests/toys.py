@@ -844,14 +844,53 @@ def _(net, x):
     return net.out(scores.softmax(-1) @ net.v(x))
 
 
-@toy("nn.MultiheadAttention", SEQUENCES, "a", {"attention.in_proj_weight": "", "attention.out_proj": ""},
-     attention=lambda: nn.MultiheadAttention(6, 2, batch_first=True), a=linear(6, 8), out=linear(8, 3))  # fmt: skip
+@toy("nn.MultiheadAttention", SEQUENCES, "a attention.in_proj_weight", {"attention.out_proj": "fixed size"},
+     attention=lambda: nn.MultiheadAttention(6, 3, batch_first=True), a=linear(6, 8), out=linear(8, 3))  # fmt: skip
 def _(net, x):
     return net.out(net.a(x + net.attention(x, x, x, need_weights=False)[0]).relu())
 
 
-@toy("transformer layer", SEQUENCES, "layer.linear1",
-     {"layer.self_attn.in_proj_weight": "", "layer.self_attn.out_proj": "", "layer.linear2": "fixed size"},
+@toy("nn.MultiheadAttention whose weights are not read", SEQUENCES, "attention.in_proj_weight a e attention.out_proj",
+     e=linear(6, 9), attention=lambda: nn.MultiheadAttention(9, 3, batch_first=True), a=linear(9, 8),
+     out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    x = net.e(x)
+    return net.out(net.a(x + net.attention(x, x, x)[0]).relu())
+
+
+@toy("nn.MultiheadAttention whose weights are returned", SEQUENCES, "a attention.out_proj",
+     {"attention.in_proj_weight": "reduced"}, attention=lambda: nn.MultiheadAttention(6, 3, batch_first=True),
+     a=linear(6, 8), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    mixed, weights = net.attention(x, x, x)
+    return net.out(net.a(mixed).relu()) + weights.sum()
+
+
+@toy("cross attention", SEQUENCES,
+     "e f attention.q_proj_weight attention.k_proj_weight attention.v_proj_weight attention.out_proj", {},
+     e=linear(6, 8), f=linear(6, 4), attention=lambda: nn.MultiheadAttention(8, 4, kdim=4, vdim=4, add_bias_kv=True),
+     out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    read = net.f(x).relu()
+    return net.out(net.attention(net.e(x).relu(), read, read)[0])
+
+
+@toy("what is computed for nothing", SEQUENCES, "a", {}, a=linear(6, 8), out=linear(8, 3))
+def _(net, x):
+    x = net.a(x).relu()
+    x.mean(-1)
+    return net.out(x)
+
+
+@toy("what a later call may read", SEQUENCES, "", {"a": "reduced"}, a=linear(6, 8), out=linear(8, 3))
+def _(net, x):
+    x = net.a(x).relu()
+    net.state = x.mean(-1)
+    return net.out(x)
+
+
+@toy("transformer layer", SEQUENCES, "layer.linear1 layer.self_attn.in_proj_weight",
+     {"layer.self_attn.out_proj": "", "layer.linear2": "fixed size"},
      layer=lambda: nn.TransformerEncoderLayer(6, 2, 16, batch_first=True), out=linear(6, 3))  # fmt: skip
 def _(net, x):
     return net.out(net.layer(x))

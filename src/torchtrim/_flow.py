@@ -8,7 +8,7 @@ import copy
 import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class Step:
     """One operator call as a proof compares it. `tensors`: shape and labels of operands, then of results.
 
     `origins`: where the operands come from. `loose`: what it does to a uniform tensor does not depend on the
-    tensor's size.
+    tensor's size. `live`: whether its results, or what it does besides, may reach the outputs.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Step:
     tensors: tuple[tuple[Shape, Labels], ...] = ()
     origins: tuple[Origin, ...] = ()
     loose: bool = False
+    live: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,6 +134,7 @@ class Flow(TorchDispatchMode):
         name = name if namespace == "aten" else func._schema.name
         in_place = name.endswith("_") and not name.endswith("__")
         name = name.rstrip("_") if in_place else name
+        self.ledger.step = None if name in VIEWS else len(self.steps)
         operands = tensors([*args, *kwargs.values()])
         self.blamed = [self.read(operand) for operand in operands]
         origins = tuple(origin_of(operand) for operand in operands)
@@ -174,7 +176,9 @@ class Flow(TorchDispatchMode):
                 or (name in _PRODUCTS and not all(one.uniform for one in self.blamed))
             )
             constants = (*_constants(name, args, kwargs), *held)
-            self.steps.append(Step(name, where, constants, tuple(seen), origins, loose))
+            live = bool(written) or not results  # what else it does cannot be seen to be of no use
+            self.steps.append(Step(name, where, constants, tuple(seen), origins, loose, live))
+        self.ledger.step = None
         kind = None if isinstance(call.module, RECURRENT) else kind_of(name, args, kwargs)
         if kind is not None:
             self.sites.append(Site(len(self.sites), name, where, kind, tuple(results[0].shape), labels[0]))
@@ -188,6 +192,25 @@ class Flow(TorchDispatchMode):
             if factor.atoms.size == 1:
                 self.ledger.pin(factor.atoms.ravel(), call.reason("it would lose everything: read"))
         return labels.with_factors(factor for factor in labels.factors if factor.atoms.size > 1)
+
+    def finish(self, outputs: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+        """Pin what the model returns, and leave out of account what was computed for nothing.
+
+        kept: what its modules hold on to, which a later call may read.
+        """
+        read = [self.read(output) for output in outputs]
+        for factor in (factor for one in read for factor in one.factors):
+            self.ledger.pin(factor.atoms.ravel(), "it is an output of the model")
+        seen = tuple((tuple(output.shape), one) for output, one in zip(outputs, read, strict=True))
+        self.steps.append(Step(OUTPUT, "", (), seen, tuple(origin_of(output) for output in outputs)))
+        live = {index for index, step in enumerate(self.steps) if step.live or step.name == OUTPUT}
+        read_later = {source for tensor in kept if isinstance(source := origin_of(tensor).source[0], int)}
+        for index in reversed(range(len(self.steps))):
+            if index in live or index in read_later:
+                live.add(index)
+                read_later.update(o.source[0] for o in self.steps[index].origins if isinstance(o.source[0], int))
+        self.steps = [replace(step, live=index in live) for index, step in enumerate(self.steps)]
+        self.ledger.forget({index for index in range(len(self.steps)) if index not in live})
 
     def mark(self, tensor: Tensor, labels: Labels, origin: Origin) -> None:
         writes = len(self._writes.get(tensor.untyped_storage()._cdata, ()))
@@ -317,8 +340,11 @@ class _Data(TorchFunctionMode):
             where = self.flow.where[-1] if self.flow.where else ""
             self.flow.steps.append(Step("data", where, numbers))
         elif func in _READERS:
-            for factor in self.flow.read(args[0]).factors:
+            labels = self.flow.read(args[0])
+            for factor in labels.factors:
                 self.flow.ledger.pin(factor.atoms.ravel(), "its data leave PyTorch")
+            seen = ((tuple(args[0].shape), labels),)
+            self.flow.steps.append(Step("data", "", (), seen, (origin_of(args[0]),)))
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__self__", None) is _DATA and isinstance(result, Tensor):  # `.data`, which no operator makes
             self.flow.mark(result, self.flow.read(args[0]), origin_of(args[0]))
@@ -353,12 +379,9 @@ def run(
             outputs = model(*args, **kwargs)
     except Exception as error:
         raise RunError(flow, error) from error
-    found = _outputs(outputs, set())
-    read = [flow.read(output) for output in found]
-    for factor in (factor for one in read for factor in one.factors):
-        ledger.pin(factor.atoms.ravel(), "it is an output of the model")
-    seen = tuple((tuple(output.shape), one) for output, one in zip(found, read, strict=True))
-    flow.steps.append(Step(OUTPUT, "", (), seen, tuple(origin_of(output) for output in found)))
+    held = [vars(module).items() for module in model.modules()]
+    kept = tensors(value for some in held for name, value in some if name not in ("_parameters", "_buffers"))
+    flow.finish(_outputs(outputs, set()), kept)
     return flow
 
 

@@ -8,7 +8,7 @@ Operators hand labels on (`_operators.py`) and write down in a `Ledger` which at
 which must stay (`pin`). `Ledger.resolve` turns that into one root per atom.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -73,14 +73,17 @@ class Size:
 
 
 class Ledger:
-    """What the operators of one or more runs demanded of the atoms. `root`: what is settled already."""
+    """What the operators of one or more runs demanded of the atoms. `root`: what is settled already.
+
+    `step`: the number of the operator that is speaking; its demands can be taken back. None: they stand.
+    """
 
     def __init__(self, root: Atoms | None = None) -> None:
         self._root = root
-        self._ones: list[Atoms] = []
-        self._others: list[Atoms] = []
-        self._pins: list[tuple[Atoms, str]] = []
-        self._rectangles: list[tuple[Atoms, str]] = []
+        self.step: int | None = None
+        self._unions: list[tuple[int | None, Atoms, Atoms]] = []
+        self._pins: list[tuple[int | None, Atoms, str]] = []
+        self._rectangles: list[tuple[int | None, Atoms, str]] = []
         self.sizes: list[Size] = []
 
     def unite(self, one: Atoms, other: Atoms, reason: str) -> None:
@@ -96,11 +99,10 @@ class Ledger:
             self.pin(np.maximum(one, other)[fixed], reason)
             one, other = one[~fixed], other[~fixed]
         if one.size:
-            self._ones.append(one)
-            self._others.append(other)
+            self._unions.append((self.step, one, other))
 
     def pin(self, atoms: Atoms, reason: str) -> None:
-        self._pins.append((atoms[atoms > 0], reason))
+        self._pins.append((self.step, atoms[atoms > 0], reason))
 
     def tie(self, atoms: Atoms, axis: int, reason: str) -> Atoms:
         """Make all positions along an axis one neuron; returns the array with size 1 there."""
@@ -114,7 +116,7 @@ class Ledger:
 
     def keep_rectangular(self, atoms: Atoms, reason: str) -> None:
         """One axis was cut into several: what goes must be whole lines along one of them; `resolve` says which."""
-        self._rectangles.append((atoms, reason))
+        self._rectangles.append((self.step, atoms, reason))
 
     def note_size(self, where: str, axis: int, atoms: Atoms, pieces: Shape = (), index: int = 0) -> None:
         """The code of a module gave a tensor its size along a labelled axis, perhaps from an attribute of its own."""
@@ -122,42 +124,49 @@ class Ledger:
 
     def absorb(self, other: "Ledger") -> None:
         """Take over all that another ledger holds: a run counts once it has ended well."""
-        self._ones += other._ones
-        self._others += other._others
+        self._unions += other._unions
         self._pins += other._pins
         self._rectangles += other._rectangles
         self.sizes += other.sizes
 
+    def forget(self, steps: Collection[int]) -> None:
+        """Take back what these operators demanded: nobody reads what they compute."""
+        self._unions = [demand for demand in self._unions if demand[0] not in steps]
+        self._pins = [demand for demand in self._pins if demand[0] not in steps]
+        self._rectangles = [demand for demand in self._rectangles if demand[0] not in steps]
+
     def touched(self, count: int) -> NDArray[np.bool_]:
         """Which of the atoms any operator has spoken of."""
         touched = np.zeros(count, bool)
-        for atoms in (*self._ones, *self._others, *(atoms for atoms, _ in self._pins)):
+        for _, one, other in self._unions:
+            touched[one] = touched[other] = True
+        for _, atoms, _ in self._pins:
             touched[atoms] = True
         return touched
 
     def broken_by(self, kept: NDArray[np.bool_]) -> Atoms:
         """The atoms whose demands do not hold when these are kept: parted from their other half, or pinned."""
-        parted = [np.stack([one, other])[:, kept[one] != kept[other]] for one, other in self._pairs()]
-        pinned = [atoms[~kept[atoms]] for atoms, _ in self._pins]
+        parted = [np.stack([one, other])[:, kept[one] != kept[other]] for _, one, other in self._unions]
+        pinned = [atoms[~kept[atoms]] for _, atoms, _ in self._pins]
         return np.unique(np.concatenate([np.empty(0, np.int64), *(a.ravel() for a in parted), *pinned]))
-
-    def _pairs(self) -> Iterable[tuple[Atoms, Atoms]]:
-        return zip(self._ones, self._others, strict=True)
 
     def resolve(self, count: int) -> tuple[Atoms, dict[int, str]]:
         """The root of each of `count` atoms, and the first reason why a root must stay."""
-        root = components(count, self._ones, self._others)
-        for atoms, reason in self._rectangles:
+        root = self._components(count)
+        for _, atoms, reason in self._rectangles:
             if (lines := canonical(atoms, root)) is not None and sum(size > 1 for size in lines.shape) > 1:
                 last = max(axis for axis, size in enumerate(lines.shape) if size > 1)
                 flat = np.moveaxis(lines, last, -1).reshape(-1, lines.shape[last])
                 self.unite(flat[:1], flat, reason)
-                root = components(count, self._ones, self._others)
+                root = self._components(count)
         pinned = {0: "fixed by construction"}
-        for atoms, reason in self._pins:
+        for _, atoms, reason in self._pins:
             for value in np.unique(root[atoms]).tolist():
                 pinned.setdefault(value, reason)
         return root, pinned
+
+    def _components(self, count: int) -> Atoms:
+        return components(count, [one for _, one, _ in self._unions], [other for _, _, other in self._unions])
 
 
 def components(count: int, ones: Sequence[Atoms], others: Sequence[Atoms]) -> Atoms:

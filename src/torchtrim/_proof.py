@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from torchtrim._attention import generalise
 from torchtrim._flow import OUTPUT, RunError, Step, named_tensors, rebuild, run
 from torchtrim._labels import Atoms, Factor, Labels, Ledger, Shape, canonical
 from torchtrim._neurons import Kept, NeuronGraph, cut, silence
@@ -61,7 +62,8 @@ def _misplaced(model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: K
 
 def on_device(model: nn.Module, device: str) -> nn.Module:
     """A copy to run under labels."""
-    return rebuild(model, {n: t.detach().to(device, copy=device != "meta") for n, t in named_tensors(model).items()})
+    tensors = {n: t.detach().to(device, copy=device != "meta") for n, t in named_tensors(model).items()}
+    return generalise(rebuild(model, tensors))
 
 
 def numbered(model: nn.Module, axes: Mapping[str, tuple[Atoms, ...]]) -> dict[str, Labels]:
@@ -112,6 +114,8 @@ def _compare_steps(
     reason = ""
     for index, step in enumerate(steps):
         new = trimmed[index] if index < len(trimmed) else None
+        if new is not None and new.name == step.name and not step.live:
+            continue
         if new is None or new.name != step.name or len(new.tensors) != len(step.tensors):
             found = _roots(graph, (labels for _, labels in step.tensors))
             blamed |= _cut_layers(graph, kept, found)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from torchtrim._attention import adapt
 from torchtrim._flow import named_tensors
 from torchtrim._labels import Atoms, Ledger, Size, canonical
 from torchtrim._neurons import Description, Kept, NeuronGraph
@@ -58,6 +59,7 @@ def set_attributes(model: nn.Module, trimmed: nn.Module, graph: NeuronGraph, kep
                 old = list(getattr(module, attribute))
                 value = type(getattr(module, attribute))([*old[:index], value, *old[index + 1 :]])
             setattr(module, attribute, value)
+    adapt(trimmed)
 
 
 def _set_own(model: nn.Module, trimmed: nn.Module, axes: Mapping[str, tuple[Atoms, ...]], kept: Kept) -> None:
@@ -84,10 +86,30 @@ def _set_own(model: nn.Module, trimmed: nn.Module, axes: Mapping[str, tuple[Atom
             new.num_parameters = shape[0]
         elif isinstance(new, nn.Embedding):
             new.num_embeddings, new.embedding_dim = shape
+    for old, new in zip(model.modules(), trimmed.modules(), strict=True):
+        if isinstance(new, nn.MultiheadAttention):
+            _set_heads(old, new, names, axes, kept)
     for norm in (module for module in trimmed.modules() if isinstance(module, _NormBase)):
         vector = norm.weight if norm.affine else norm.running_mean
         if vector is not None:
             norm.num_features = len(vector)
+
+
+def _set_heads(
+    old: nn.Module,
+    new: nn.MultiheadAttention,
+    names: Mapping[int, str],
+    axes: Mapping[str, tuple[Atoms, ...]],
+    kept: Kept,
+) -> None:
+    """Heads go whole; what is left of the features is what the projections say."""
+    parameters = dict(old.named_parameters(remove_duplicate=False))
+    packed = "in_proj_weight" in parameters
+    queries = parameters["in_proj_weight" if packed else "q_proj_weight"]
+    new.num_heads = _groups_left(new.num_heads, axes[names[id(queries)]][0][: new.num_heads * new.head_dim], kept)
+    new.embed_dim = new.kdim = new.vdim = new.out_proj.out_features
+    if not packed:
+        new.kdim, new.vdim = new.k_proj_weight.shape[1], new.v_proj_weight.shape[1]
 
 
 def _weight_of(module: nn.Module, names: Mapping[int, str]) -> str | None:
