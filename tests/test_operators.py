@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import torchtrim
-from toys import TOYS, assert_trim_equals_mask, random_plan, randomised
+from torchtrim.testing import random_plan
+from toys import TOYS, assert_trim_equals_mask, randomised
 
 
 @pytest.mark.parametrize("name", TOYS)

@@ -14,7 +14,8 @@ from torchtrim import LayerPlan, Plan
 from torchtrim._lenet import LeNet
 from torchtrim._neurons import NeuronGraph
 from torchtrim.errors import PlanError, TraceError
-from toys import Net, assert_trim_equals_mask, random_plan, randomised
+from torchtrim.testing import random_plan
+from toys import Net, assert_trim_equals_mask, randomised
 
 OUTPUT = "it is an output of the model"
 # model, an image size, another image size (the same where the model takes only one), layers that are locked

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import torchtrim
-from toys import TOYS, random_plan
+from torchtrim.testing import random_plan
+from toys import TOYS
 
 LINEAR = {"out_features": 0, "in_features": 1}
 # toy, module, and for each attribute the axis of its weight that it describes

@@ -8,33 +8,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchtrim
-from torchtrim import LayerPlan, Plan
-from torchtrim._neurons import NeuronGraph
+from torchtrim import Plan
 
 OUTPUT = "output of the model"
-
-
-def random_plan(graph: NeuronGraph, seed: int = 0, fraction: float = 0.3) -> Plan:
-    """A fraction of the free neurons of every group, at least one of each where it has two; none of a layer's last."""
-    random = np.random.default_rng(seed)
-    decided: set[int] = set()
-    gone: set[int] = set()
-    for layer in graph.layers.values():
-        units = np.array(sorted(set(layer.roots[layer.removable].tolist()) - decided))
-        if len(units) > 1:
-            gone |= set(random.choice(units, max(1, int(len(units) * fraction)), replace=False).tolist())
-        decided |= set(units.tolist())
-    for layer in graph.layers.values():
-        if gone.issuperset(layer.roots.tolist()):
-            gone -= {int(layer.roots[0])}
-    positions = {name: np.flatnonzero(np.isin(layer.roots, list(gone))) for name, layer in graph.layers.items()}
-    return Plan({n: LayerPlan(graph.layers[n].width, tuple(p.tolist())) for n, p in positions.items() if p.size})
 
 
 def randomised(model: nn.Module) -> nn.Module:

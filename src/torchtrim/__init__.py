@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchtrim import criteria, errors
+    from torchtrim import criteria, errors, operators, testing
     from torchtrim._cost import measure
     from torchtrim._graph import trace
     from torchtrim._loop import Progressive, Round, Stop, iterate
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torchtrim._store import load, save
     from torchtrim._surgery import mask, trim
     from torchtrim.errors import TorchtrimError, TorchtrimWarning
+    from torchtrim.operators import register_operator
 
 __all__ = [
     "Fraction",
@@ -37,10 +38,13 @@ __all__ = [
     "load",
     "mask",
     "measure",
+    "operators",
     "profile",
+    "register_operator",
     "run",
     "save",
     "select",
+    "testing",
     "trace",
     "trim",
 ]
@@ -56,6 +60,8 @@ _ROOMS = {
     "_store": "load save",
     "_surgery": "mask trim",
     "criteria": "criteria",
+    "operators": "operators register_operator",
+    "testing": "testing",
     "errors": "errors TorchtrimError TorchtrimWarning",
 }
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}
