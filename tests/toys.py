@@ -877,6 +877,26 @@ def _(net, x):
     return net.out(net.layer(x))
 
 
+@toy("LSTM", SEQUENCES, "e lstm.weight_ih_l0 lstm.weight_hh_l0 a", e=linear(6, 5),
+     lstm=lambda: nn.LSTM(5, 8, batch_first=True), a=linear(8, 7), out=linear(7, 3))  # fmt: skip
+def _(net, x):
+    return net.out(net.a(net.lstm(net.e(x).relu())[0][:, -1]).relu())
+
+
+@toy("GRU in both directions, of two layers", SEQUENCES,
+     " ".join(f"gru.weight_{gates}_l{layer}{way}" for layer in (0, 1) for way in ("", "_reverse") for gates in
+              ("ih", "hh")), gru=lambda: nn.GRU(6, 8, 2, bidirectional=True), out=linear(16, 3))  # fmt: skip
+def _(net, x):
+    return net.out(net.gru(x)[0])
+
+
+@toy("recurrent cells", VECTORS, "a cell.weight_ih cell.weight_hh", a=linear(6, 5), cell=lambda: nn.LSTMCell(5, 8),
+     out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    x = net.a(x).relu()
+    return net.out(net.cell(x, net.cell(x))[0])
+
+
 @toy("token mixing", SEQUENCES, "a", {"b": "fixed size"}, a=linear(5, 8), b=linear(8, 5),
      out=linear(6, 3))  # fmt: skip
 def _(net, x):
@@ -890,12 +910,6 @@ def _(net, x):
      out=linear(8, 3))  # fmt: skip
 def _(net, x):
     return net.out(net.b(torch.cdist(net.a(x), net.a(x)) @ net.a(x)).relu())
-
-
-@toy("recurrent cells", SEQUENCES, "", {"cell.weight_ih_l0": "", "cell.weight_hh_l0": ""},
-     cell=lambda: nn.LSTM(6, 8, batch_first=True), out=linear(8, 3))  # fmt: skip
-def _(net, x):
-    return net.out(net.cell(x)[0])
 
 
 @toy("control flow that depends on data", VECTORS, "a b", a=linear(6, 8), b=linear(8, 8), out=linear(8, 3))

@@ -42,6 +42,8 @@ _ELEMENTWISE = FACTORIES | frozenset([
     "new_full", "new_empty", "new_empty_strided", "bernoulli", "uniform", "normal", "fill", "zero", "copy", "cat",
     "native_dropout", "_fused_dropout", "dropout", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm",
     "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"])  # fmt: skip
+# Their results share memory, but whoever calls them promises to treat each as a tensor of its own.
+_UNSAFE = frozenset(["unsafe_split", "unsafe_split_with_sizes"])
 OUTPUT = "output"  # the step at the end of a run, whose operands are what the model returns
 _PRODUCTS = frozenset(["mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv", "_trilinear", "convolution"])
 
@@ -75,12 +77,19 @@ class Step:
     live: bool = True
 
 
+Memory = tuple[int, int]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Mark:
-    """What is known of a tensor, and how often its memory had been written to when that was so."""
+    """What is known of a tensor, and how often its memory had been written to when that was so.
+
+    memory: the storage, and which part of it where pieces count as tensors of their own.
+    """
 
     labels: Labels
     origin: Origin
+    memory: Memory
     writes: int
 
 
@@ -124,7 +133,8 @@ class Flow(TorchDispatchMode):
         self.where: list[str] = []
         self.modules: dict[str, nn.Module] = {}
         self.blamed: list[Labels] = []
-        self._writes: dict[int, list[tuple[Factor, ...]]] = {}  # by memory, the labels of what was written
+        self._parts = 0
+        self._writes: dict[Memory, list[tuple[Factor, ...]]] = {}  # by memory, the labels of what was written
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -160,8 +170,11 @@ class Flow(TorchDispatchMode):
         for tensor, one, source in zip(results, labels, sources, strict=True):
             if any(tensor is other for other in written) and tensor._base is not None:
                 self._write_through(call, tensor, one, source)
+            elif name in _UNSAFE:
+                self._parts += 1
+                self.mark(tensor, one, source, (tensor.untyped_storage()._cdata, self._parts))
             else:
-                self.mark(tensor, one, source)
+                self.mark(tensor, one, source, _memory(tensor, operands))
         for tensor in written:
             if not any(tensor is other for other in results):
                 self.mark(tensor, labels_of(tensor), Origin((len(self.steps), -1)))
@@ -212,14 +225,16 @@ class Flow(TorchDispatchMode):
         self.steps = [replace(step, live=index in live) for index, step in enumerate(self.steps)]
         self.ledger.forget({index for index in range(len(self.steps)) if index not in live})
 
-    def mark(self, tensor: Tensor, labels: Labels, origin: Origin) -> None:
-        writes = len(self._writes.get(tensor.untyped_storage()._cdata, ()))
-        tensor._torchtrim_mark = Mark(labels, origin, writes)  # type: ignore[attr-defined]
+    def mark(self, tensor: Tensor, labels: Labels, origin: Origin, memory: Memory | None = None) -> None:
+        memory = memory or _memory(tensor, [tensor])
+        writes = len(self._writes.get(memory, ()))
+        tensor._torchtrim_mark = Mark(labels, origin, memory, writes)  # type: ignore[attr-defined]
 
     def _count_write(self, tensor: Tensor, labels: Sequence[Labels]) -> None:
         """Counts stay when memory is freed and used again: what is marked later has seen them."""
-        memory = tensor.untyped_storage()._cdata
-        self._writes.setdefault(memory, []).append(tuple(factor for one in labels for factor in one.factors))
+        self._writes.setdefault(_memory(tensor, [tensor]), []).append(
+            tuple(factor for one in labels for factor in one.factors)
+        )
 
     def _write_through(self, call: Call, view: Tensor, labels: Labels, origin: Origin) -> None:
         """An in-place operator on a view: its base follows where values changed, and stays whole where labels did."""
@@ -241,7 +256,7 @@ class Flow(TorchDispatchMode):
     def read(self, tensor: Tensor) -> Labels:
         """The labels of an operand. One whose memory was written to under another name has none that hold."""
         mark = mark_of(tensor)
-        writes = self._writes.get(tensor.untyped_storage()._cdata, ())
+        writes = self._writes.get(_memory(tensor, [tensor]), ())
         if mark is None or mark.writes == len(writes):
             return UNKNOWN if mark is None else mark.labels
         bases = () if tensor._base is None else labels_of(tensor._base).factors
@@ -250,6 +265,13 @@ class Flow(TorchDispatchMode):
         look = Look("written under another name", (len(writes),))
         self.mark(tensor, UNKNOWN, Origin(mark.origin.source, (*mark.origin.looks, look)))
         return UNKNOWN
+
+
+def _memory(tensor: Tensor, operands: Sequence[Tensor]) -> Memory:
+    """The memory of a tensor: that of the operand whose storage it has, or a storage of its own."""
+    storage = tensor.untyped_storage()._cdata
+    marks = (mark for operand in operands if (mark := mark_of(operand)) is not None)
+    return next((mark.memory for mark in marks if mark.memory[0] == storage), (storage, 0))
 
 
 def _shape(tensor: Tensor) -> Shape:
@@ -347,7 +369,7 @@ class _Data(TorchFunctionMode):
             self.flow.steps.append(Step("data", "", (), seen, (origin_of(args[0]),)))
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__self__", None) is _DATA and isinstance(result, Tensor):  # `.data`, which no operator makes
-            self.flow.mark(result, self.flow.read(args[0]), origin_of(args[0]))
+            self.flow.mark(result, self.flow.read(args[0]), origin_of(args[0]), _memory(args[0], [args[0]]))
         return result
 
 

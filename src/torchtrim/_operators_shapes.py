@@ -203,6 +203,8 @@ def _part(call: Call, axis: int, positions: range) -> Labels:
 
 def _without(call: Call, axis: int) -> Labels:
     labels = call.labels_of(call.args[0])
+    if not labels.factors:
+        return labels
     factors = call.fix_axes(labels.factors, [axis], "one position is picked")
     return labels.with_factors(f.map(f.atoms.squeeze(axis)) for f in factors)
 

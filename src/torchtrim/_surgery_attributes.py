@@ -87,12 +87,21 @@ def _set_own(model: nn.Module, trimmed: nn.Module, axes: Mapping[str, tuple[Atom
         elif isinstance(new, nn.Embedding):
             new.num_embeddings, new.embedding_dim = shape
     for old, new in zip(model.modules(), trimmed.modules(), strict=True):
-        if isinstance(new, nn.MultiheadAttention):
-            _set_heads(old, new, names, axes, kept)
-    for norm in (module for module in trimmed.modules() if isinstance(module, _NormBase)):
-        vector = norm.weight if norm.affine else norm.running_mean
+        _set_without_weight(old, new, names, axes, kept)
+
+
+def _set_without_weight(
+    old: nn.Module, new: nn.Module, names: Mapping[int, str], axes: Mapping[str, tuple[Atoms, ...]], kept: Kept
+) -> None:
+    """Of modules whose widths are those of several tensors, or of a buffer."""
+    if isinstance(new, nn.MultiheadAttention):
+        _set_heads(old, new, names, axes, kept)
+    elif isinstance(new, (nn.RNNBase, nn.RNNCellBase)):
+        _set_states(new)
+    elif isinstance(new, _NormBase):
+        vector = new.weight if new.affine else new.running_mean
         if vector is not None:
-            norm.num_features = len(vector)
+            new.num_features = len(vector)
 
 
 def _set_heads(
@@ -110,6 +119,14 @@ def _set_heads(
     new.embed_dim = new.kdim = new.vdim = new.out_proj.out_features
     if not packed:
         new.kdim, new.vdim = new.k_proj_weight.shape[1], new.v_proj_weight.shape[1]
+
+
+def _set_states(new: nn.RNNBase | nn.RNNCellBase) -> None:
+    """What is read, and what is remembered: with projections, less than the cells hold."""
+    shapes = {name.removesuffix("_l0"): tuple(parameter.shape) for name, parameter in new.named_parameters()}
+    new.input_size, new.hidden_size = shapes["weight_ih"][1], shapes["weight_hh"][1]
+    if isinstance(new, nn.RNNBase) and "weight_hr" in shapes:
+        new.proj_size, new.hidden_size = shapes["weight_hr"]
 
 
 def _weight_of(module: nn.Module, names: Mapping[int, str]) -> str | None:
