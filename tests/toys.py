@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 import torchtrim
@@ -428,6 +429,36 @@ def _(net, x):
 @toy("data", VECTORS, "a", a=linear(6, 8), out=linear(8, 3))
 def _(net, x):
     return net.out(net.a(x).relu().data * 2)
+
+
+@toy("windows", IMAGES, "a", a=conv(3, 6), out=conv(6, 2))
+def _(net, x):
+    return net.out(net.a(x).unfold(2, 2, 2).unfold(-2, 2, 2).mean((-1, -2)))
+
+
+@toy("values read at positions", IMAGES, "a", a=conv(3, 6), out=conv(6, 2))
+def _(net, x):
+    places = torch.linspace(-1, 1, 50, dtype=x.dtype, device=x.device).expand(len(x), 25, 50).reshape(len(x), 25, 25, 2)
+    return net.out(F.grid_sample(net.a(x), places, align_corners=False).relu())
+
+
+@toy("regions", IMAGES, "a", a=conv(3, 6), out=conv(6, 2))
+def _(net, x):
+    boxes = torch.zeros(3, 5, dtype=x.dtype, device=x.device)
+    boxes[:, 3:] = 4
+    return net.out(torchvision.ops.roi_align(net.a(x).relu(), boxes, 2))
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x):
+        flat = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+        return F.conv2d(x, flat.reshape_as(self.weight), self.bias)
+
+
+@toy("a weight that is standardised", IMAGES, "b", {"a": "fixed size"}, a=conv(3, 6),
+     b=lambda: StandardisedConv(6, 8, 3), out=conv(8, 2))  # fmt: skip
+def _(net, x):
+    return net.out(net.b(net.a(x).relu()).relu())
 
 
 # ------------------------------------------------------------------ residuals, joins, gates

@@ -302,6 +302,27 @@ def _has_labels(call: Call, indices: Sequence[Tensor]) -> bool:
     return any(call.labels_of(index).factors for index in indices)
 
 
+@ROWS.of("torchvision::roi_align", "torchvision::roi_pool", "grid_sampler_2d", "grid_sampler_3d",
+     "cudnn_grid_sampler")  # fmt: skip
+def _sampled(call: Call) -> Labels | Sequence[Labels]:
+    """Values [batch, channels, ...] are read where other tensors say: channels stay apart."""
+    inputs = call.args[0]
+    if _has_labels(call, tensors(call.args[1:])):
+        return unknown(call)
+    labels = call.labels_of(inputs)
+    axes = (axis for axis in range(inputs.ndim) if axis != 1)
+    return with_indices(call, labels.with_factors(call.fix_axes(labels.factors, axes, "positions are read")))
+
+
+@ROWS.of("unfold")
+def _unfold(call: Call) -> Labels:
+    """Windows along an axis become an axis of their own."""
+    inputs = call.args[0]
+    labels = call.labels_of(inputs)
+    factors = call.fix_axes(labels.factors, [call.args[1] % inputs.ndim], "cut into windows")
+    return labels.with_factors(f.map(np.expand_dims(f.atoms, -1)) for f in factors)
+
+
 # ------------------------------------------------------------------ channels that become positions, and back
 
 
