@@ -94,20 +94,6 @@ def test_bodies_of_a_choice() -> None:
     assert kept.sum() == len(kept) - 2
 
 
-def test_it_prints_its_layers() -> None:
-    text = str(torchtrim.trace(LeNet(), LENET)).splitlines()
-    assert len(text) == 4
-    assert text[0].split() == ["conv1", "20", "neurons", "group", "conv1"]
-    assert text[3].endswith("locked: it is an output of the model")
-
-
-@pytest.mark.parametrize("name", ["cpu", "meta"])
-def test_a_model_without_values_can_be_traced(name: str) -> None:
-    with torch.device(name):
-        model = LeNet()
-    assert set(torchtrim.trace(model, LENET).locked) == {"fc2"}
-
-
 def test_layers_whose_weight_is_computed_in_an_unknown_way_are_named() -> None:
     modules = {"a": nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), "out": nn.Linear(4, 2)}
     graph = torchtrim.trace(Net(lambda net, x: net.out(net.a(x).relu()), modules), torch.zeros(2, 3))

@@ -1,6 +1,7 @@
 """What a trace found, and what can be done with it: the layers and their neurons, cut out or silenced."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,12 +86,65 @@ class NeuronGraph:
         return kept
 
     def __str__(self) -> str:
-        lines = [
-            f"{layer.name:40} {layer.width:6} neurons  "
-            + (f"locked: {layer.locked}" if layer.locked else f"group {layer.group}")
-            for layer in self.layers.values()
-        ]
-        return "\n".join(lines)
+        """A line per layer: its neurons, the group with which they go, its activation calls, and why it is locked."""
+        sites = layer_sites(self)
+        rows = [("layer", "neurons", "units", "group", "sites", "locked")]
+        for name, layer in self.layers.items():
+            neurons, units = neurons_of(layer)
+            group = "" if layer.locked else layer.group
+            rows.append((name, neurons, units, group, operators(sites[name]), layer.locked or ""))
+        return "\n".join(aligned(rows))
+
+    def __repr__(self) -> str:
+        neurons = sum(layer.width for layer in self.layers.values())
+        trimmable = len(self.layers) - len(self.locked)
+        return f"NeuronGraph({len(self.layers):,} layers, {trimmable:,} trimmable, {neurons:,} neurons)"
+
+
+def neurons_of(layer: Layer) -> tuple[str, str]:
+    """How many neurons a layer has, `64` or `40 of 64` that can go; and in how many units, if some only go together."""
+    bodies = layer.roots[layer.removable]
+    units = np.unique(bodies).size
+    some = f"{bodies.size:,} of " if 0 < bodies.size < layer.width else ""
+    return f"{some}{layer.width:,}", f"{units:,}" if units < bodies.size else ""
+
+
+def layer_sites(graph: NeuronGraph) -> dict[str, tuple[Site, ...]]:
+    """For each layer, the activation calls that its neurons reach, in the order of execution."""
+    found: dict[str, list[Site]] = {name: [] for name in graph.layers}
+    for site in graph.sites:
+        here = np.zeros(len(graph.root), bool)
+        for factor in site.labels.factors:
+            here[graph.root[factor.atoms]] = True
+        here[0] = False  # stands for what is no neuron
+        for name, layer in graph.layers.items():
+            if here[layer.roots].any():
+                found[name].append(site)
+    return {name: tuple(sites) for name, sites in found.items()}
+
+
+def operators(sites: Sequence[Site]) -> str:
+    """The operators of activation calls with their counts: `relu ×2, sigmoid`."""
+    counts = Counter(site.name for site in sites)
+    return ", ".join(f"{name} ×{count}" if count > 1 else name for name, count in counts.items())
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines of text, the titles first; numbers are set right. A column with nothing in it is left out."""
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    if not columns:
+        return []
+    rows = [*zip(*columns, strict=True)]
+    # a row with nothing but its first cell may be longer than the column
+    sizes = [max(map(len, column)) for column in zip(*(row for row in rows if any(row[1:])), strict=True)]
+    numeric = [title in ("neurons", "units") for title in rows[0]]
+    return [
+        "  ".join(
+            cell.rjust(size) if right else cell.ljust(size)
+            for cell, size, right in zip(row, sizes, numeric, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def memory_of(tensor: Tensor) -> tuple[Any, ...]:

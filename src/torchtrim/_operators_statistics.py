@@ -35,14 +35,20 @@ def _along(call: Call, vector: Tensor, axis: int, ndim: int) -> Operand:
 @ROWS.of("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm",
      "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")  # fmt: skip
 def _batch_norm(call: Call) -> Sequence[Labels]:
-    """A silent neuron is zero after it when both its scale and its shift are. In training, batches are averaged."""
+    """In training, batches are averaged; else a neuron has statistics of its own."""
     inputs = call.args[0]
     x = call.labels_of(inputs)
     vectors = [vector for vector in call.args[1:5] if isinstance(vector, Tensor)]
-    affine = all(isinstance(vector, Tensor) for vector in call.args[1:3])
+    scaled, shifted = (isinstance(vector, Tensor) for vector in call.args[1:3])
+    training = any(value is True for value in (*call.args[3:6], call.kwargs.get("training")))
     operands = [operand(call, inputs), *(_along(call, vector, 1, inputs.ndim) for vector in vectors)]
-    factors = merge(call, operands, lambda flags: affine and bool(flags[1] and flags[2]))
-    if any(value is True for value in (*call.args[3:6], call.kwargs.get("training"))):
+
+    def zero(flags: Flags) -> bool:
+        """Without a shift; and scaled by zero, or zero itself, as is then its mean over the batch."""
+        return bool((not shifted or flags[1 + scaled]) and ((scaled and flags[1]) or (training and flags[0])))
+
+    factors = merge(call, operands, zero)
+    if training:
         factors = call.fix_axes(factors, (axis for axis in range(inputs.ndim) if axis != 1), "normalised over")
     saved = [f.map(f.atoms.reshape(-1)) for f in factors if f.axes() == (1,)]
     return [

@@ -3,7 +3,9 @@
 PyTorch takes a second to import, so that what needs it is imported inside the commands.
 """
 
+import json
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Generator
@@ -259,6 +261,47 @@ def profile(
         with progress:
             for part in _job.silence(source, parse_rule(rule), criterion, reading, progress, out):
                 say(part)
+
+
+@app.command()
+def inspect(
+    model: ModelName,
+    weights: Weights = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            metavar="SIZES",
+            help="What the model is called with: 1x3x224x224; with a type if not float32, 8x128:int64 (zeros, as token "
+            "numbers); several with commas, by place or by name, ids=8x128:int64,mask=8x128:bool. Without: what the "
+            "model was made for; models from files need it.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    classes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="How many the model tells apart. Without: 1,000, LeNet 10.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print it all as JSON, for programs.", rich_help_panel=_RUN)
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Show what can be trimmed of a model and what is locked, and why; it needs neither data nor weights."""
+    with _reported():
+        from torchtrim import _inspect
+
+        found = _inspect.inspect(model, inputs=inputs, weights=weights, classes=classes, device=device)
+        if as_json:
+            typer.echo(json.dumps(found.described(), indent=2))
+        else:
+            columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
+            typer.echo(found.text(min(max(columns, 40), 100)))
 
 
 def main() -> None:
