@@ -6,9 +6,11 @@ model is never touched and no arithmetic is done.
 
 import copy
 import hashlib
+from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -93,10 +95,33 @@ class Mark:
     writes: int
 
 
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every distinct module once, under its first name, as `nn.Module.named_modules` but without its recursion."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found[name] = module
+            inside = f"{name}." if name else ""
+            children = [(inside + key, child) for key, child in module._modules.items() if child is not None]
+            waiting += reversed(children)
+    return found
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every distinct parameter and buffer once, under its first name."""
-    found: dict[str, Tensor] = dict(model.named_parameters())
-    found.update(model.named_buffers())
+    """Every distinct parameter, then every distinct buffer, once, under its first name."""
+    modules = named_modules(model)
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for kind in ("_parameters", "_buffers"):
+        for name, module in modules.items():
+            for key, tensor in vars(module)[kind].items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{name}.{key}" if name else key] = tensor
     return found
 
 
@@ -111,7 +136,42 @@ def rebuild(model: nn.Module, replace: Mapping[str, Tensor]) -> nn.Module:
         new = replace[name]
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         vars(memo[id(old)]).update(vars(old))  # marks that users leave on parameters, such as `no_weight_decay`
+    return _copied(model, memo)
+
+
+# What `copy.deepcopy` hands on as it is.
+_ATOMIC = (bool, int, float, str, type(None), type, torch.dtype, torch.device, torch.Size)
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """`copy.deepcopy`, which would spend most of its time on the empty dictionaries of modules."""
+    plain = [module for module in model.modules() if _is_plain(type(module))]
+    for module in plain:
+        memo[id(module)] = object.__new__(type(module))
+    for module in plain:
+        new = vars(memo[id(module)])
+        for name, value in vars(module).items():
+            if name == "_compiled_call_impl":
+                continue  # `torch.compile` left it; PyTorch's own copies go without it too
+            if type(value) in _ATOMIC:
+                new[name] = value
+            elif type(value) in (dict, OrderedDict) and not value:
+                new[name] = type(value)()
+            else:
+                new[name] = copy.deepcopy(value, memo)
     return copy.deepcopy(model, memo)
+
+
+@cache
+def _is_plain(kind: type) -> bool:
+    """Whether all that is to be copied of such a module is in its dictionary."""
+    return (
+        not hasattr(kind, "__deepcopy__")
+        and kind.__reduce_ex__ is object.__reduce_ex__
+        and kind.__getstate__ in (object.__getstate__, getattr(nn.Module, "__getstate__", None))
+        and (kind.__setstate__ is nn.Module.__setstate__ or kind.__module__.startswith("torch.nn."))
+        and not any("__slots__" in vars(parent) for parent in kind.__mro__)
+    )
 
 
 def call_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -149,7 +209,7 @@ class Flow(TorchDispatchMode):
         self.blamed = [self.read(operand) for operand in operands]
         origins = tuple(origin_of(operand) for operand in operands)
         held = _held(operands)
-        result = func(*args, **kwargs)
+        result = _without_data(name, func, args, kwargs)
         where = self.where[-1] if self.where else ""
         call = Call(name, func, args, kwargs, result, labels_of, self.ledger, where, self.modules.get(where))
         row = row_of(name, func)
@@ -285,6 +345,43 @@ def row_of(name: str, function: Any) -> Row:
     return pointwise if elementwise else unknown
 
 
+def _without_data(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator; where it would take PyTorch's meta kernels long, and shapes are plain, make the results."""
+    first = args[0] if args else None
+    if not isinstance(first, Tensor) or not first.is_meta:
+        return function(*args, **kwargs)
+    if name in _SLOW_NORMS and len(args) > 5 and args[5] is False and _fits_channels(first, args[1:5]):
+        return torch.empty_like(first), first.new_empty(0), first.new_empty(0)
+    if (
+        name in _SLOW_SUMS
+        and function._overloadname == "Tensor"
+        and len(args) == 2
+        and not function._schema.is_mutable
+        and not kwargs
+    ):
+        second: Any = args[-1]
+        if (
+            isinstance(second, Tensor)
+            and first.dtype.is_floating_point
+            and (first.dtype, first.shape, first.stride())
+            == (
+                second.dtype,
+                second.shape,
+                second.stride(),
+            )
+        ):
+            return torch.empty_like(first)
+    return function(*args, **kwargs)
+
+
+_SLOW_NORMS = frozenset(["native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"])
+_SLOW_SUMS = frozenset(["add", "sub", "mul", "div"])
+
+
+def _fits_channels(inputs: Tensor, vectors: Sequence[Tensor | None]) -> bool:
+    return inputs.ndim > 1 and all(vector is None or vector.shape == inputs.shape[1:2] for vector in vectors)
+
+
 def mark_of(tensor: Tensor) -> Mark | None:
     return getattr(tensor, "_torchtrim_mark", None)
 
@@ -384,7 +481,7 @@ def run(
 ) -> Flow:
     """Run a rebuilt model under a `Flow`; its outputs are pinned. Raises `RunError` where the model raises."""
     flow = Flow(ledger)
-    flow.modules = dict(model.named_modules())
+    flow.modules = named_modules(model)
     for name, tensor in named_tensors(model).items():
         if name in labels:
             flow.mark(tensor, labels[name], Origin((name, 0)))
@@ -421,7 +518,7 @@ class RunError(TraceError):
 def _located(model: nn.Module, flow: Flow) -> Generator[None]:
     """Tell the flow which module is running. What has raised is not left, so that the error can say where it was."""
     with ExitStack() as handles:
-        for name, module in model.named_modules():
+        for name, module in named_modules(model).items():
             handles.enter_context(module.register_forward_pre_hook(lambda *_, name=name: flow.where.append(name)))
             handles.enter_context(module.register_forward_hook(lambda *_: _ignore(flow.where.pop())))
         yield

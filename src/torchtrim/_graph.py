@@ -32,6 +32,11 @@ def trace(model: nn.Module, example: Any) -> NeuronGraph:
 
     Raises `TraceError` when the model cannot run on the example. The model is not touched.
     """
+    return tried(model, untried(model, example))
+
+
+def untried(model: nn.Module, example: Any) -> NeuronGraph:
+    """As `trace`, of which the labels are right, but not all that looks free need be: nothing has been cut yet."""
     sources = named_tensors(model)
     lazy = [
         name
@@ -57,12 +62,34 @@ def trace(model: nn.Module, example: Any) -> NeuronGraph:
     owners = _owners(axes, [atoms for _, one in flows for atoms in one.produced])
     described = tuple(descriptions(model, ledger, root))
     graph = NeuronGraph({}, rooted, axes, device, recordings, tuple(flow.sites), root, example, described)
-    graph = replace(graph, layers=_layers(owners, rooted, pinned))
+    return replace(graph, layers=_layers(owners, rooted, pinned))
+
+
+def tried(model: nn.Module, graph: NeuronGraph) -> NeuronGraph:
+    """The graph in which all is locked that a trial cut shows to be no good."""
     while (failure := _try(model, graph)) is not None:
-        blamed, reason = failure
-        pinned |= {value: reason for value in blamed if value not in pinned}
-        graph = replace(graph, layers=_layers(owners, rooted, pinned))
+        graph = _lock(graph, *failure)
     return graph
+
+
+def _lock(graph: NeuronGraph, blamed: set[int], reason: str) -> NeuronGraph:
+    """The graph in which these roots cannot go."""
+    layers: dict[str, Layer] = {}
+    groups: dict[int, str] = {}
+    for name, layer in graph.layers.items():
+        removable = layer.removable & ~np.isin(layer.roots, list(blamed))
+        locked = layer.locked or (None if removable.any() else reason)
+        group = _group(name, layer.roots[removable], groups)
+        layers[name] = replace(layer, removable=removable, locked=locked, group=group)
+    return replace(graph, layers=layers)
+
+
+def _group(name: str, free: Atoms, groups: dict[int, str]) -> str:
+    """The group of a layer, by the first layer that has a free root in common; notes it for those that follow."""
+    group = next((groups[value] for value in free.tolist() if value in groups), name)
+    for value in free.tolist():
+        groups.setdefault(value, group)
+    return group
 
 
 def _number(sources: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Atoms, ...]], int]:
@@ -165,10 +192,7 @@ def _layers(
     for owner in owners:
         roots = axes[owner.parameter][owner.axis]
         removable = np.array([int(value) not in pinned for value in roots])
-        free = roots[removable].tolist()
-        group = next((groups[value] for value in free if value in groups), owner.name)
-        for value in free:
-            groups.setdefault(value, group)
+        group = _group(owner.name, roots[removable], groups)
         reason = None if removable.any() else pinned[int(roots[0])]
         layers[owner.name] = Layer(owner.name, owner.parameter, owner.axis, roots, removable, group, reason)
     return layers
@@ -217,6 +241,7 @@ def _try(model: nn.Module, graph: NeuronGraph) -> Failure | None:
 
 def _attempt(model: nn.Module, graph: NeuronGraph, kept: Kept) -> Failure | None:
     light = {name: tensor.detach().to(graph.device) for name, tensor in named_tensors(model).items()}
-    trimmed = rebuild(model, cut(graph, light, kept))
+    tensors = cut(graph, light, kept)
+    trimmed = rebuild(model, tensors)
     set_attributes(model, trimmed, graph, kept)
-    return prove(model, graph, trimmed, kept)
+    return prove(model, graph, trimmed, kept, tensors)

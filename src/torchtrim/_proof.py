@@ -13,20 +13,25 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from torchtrim._attention import generalise
 from torchtrim._flow import OUTPUT, RunError, Step, named_tensors, rebuild, run
 from torchtrim._labels import Atoms, Factor, Labels, Ledger, Shape, canonical
-from torchtrim._neurons import Kept, NeuronGraph, cut, silence
+from torchtrim._neurons import Kept, NeuronGraph, cut, memory_of, silence
 from torchtrim._origins import Look, Piece
 
 Failure = tuple[set[int], str]  # the roots to blame, and why
 
 
-def prove(model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept) -> Failure | None:
-    """None if `trimmed` computes the masked model; else the roots to blame, and why."""
-    misplaced = _misplaced(model, graph, trimmed, kept)
+def prove(
+    model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept, expected: Mapping[str, Tensor] | None = None
+) -> Failure | None:
+    """None if `trimmed` computes the masked model; else the roots to blame, and why.
+
+    expected: what `cut` makes of the model's tensors, where it is at hand.
+    """
+    misplaced = _misplaced(graph, trimmed, kept, expected or cut(graph, named_tensors(model), kept))
     if misplaced is not None:
         return misplaced
     settled = _settled(graph)
@@ -46,13 +51,13 @@ def prove(model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept) 
     return None
 
 
-def _misplaced(model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept) -> Failure | None:
+def _misplaced(graph: NeuronGraph, trimmed: nn.Module, kept: Kept, originals: Mapping[str, Tensor]) -> Failure | None:
     """Whether some tensor is not the original without what was removed; on meta tensors only sizes tell."""
     tensors = named_tensors(trimmed)
-    for name, original in named_tensors(model).items():
-        expected, found = cut(graph, {name: original}, kept)[name], tensors[name]
+    for name, expected in originals.items():
+        found = tensors[name]
         equal = found.shape == expected.shape
-        if equal and found.device == expected.device and not found.is_meta:
+        if equal and found.device == expected.device and not found.is_meta and memory_of(found) != memory_of(expected):
             equal = torch.equal(found, expected) or torch.equal(found.nan_to_num(), expected.nan_to_num())
         if not equal:
             roots = {value for axis in graph.axes[name] for value in axis.tolist()}
@@ -185,7 +190,6 @@ class _Expected:
 
     lines: Mapping[int, NDArray[np.bool_]]
     factors: Mapping[tuple[Shape, bytes], Atoms] | None
-    roots: Atoms
 
 
 @dataclass(eq=False)
@@ -203,7 +207,7 @@ class _Expectations:
         for (old_shape, old_labels), (new_shape, new_labels) in zip(old.tensors, new.tensors, strict=True):
             blamed = self._difference(old_labels, new_labels)
             if blamed is None and not self._fits(old_shape, old_labels, new_shape, old.loose and new.loose):
-                blamed = set(self._expect(old_labels).roots.tolist())
+                blamed = self._roots(old_labels)
             if blamed is not None:
                 found = (found or set()) | blamed
         return found
@@ -252,13 +256,16 @@ class _Expectations:
     def _compared(self, old: Labels, new: Labels) -> set[int] | None:
         expected = self._expect(old)
         if expected.factors is None or old.uniform != new.uniform:
-            return set(expected.roots.tolist())
+            return self._roots(old)
         found = _contents(factor.atoms for factor in new.factors)
         missing = [atoms for key, atoms in expected.factors.items() if key not in found]
         # where one body alone is left, a tensor of size 1 may have met it, which has no label
         unequal = [atoms for atoms in missing if canonical(atoms, self.root) is not None]
         unequal += [atoms for key, atoms in found.items() if key not in expected.factors]
         return {value for atoms in unequal for value in np.unique(self.root[atoms]).tolist()} if unequal else None
+
+    def _roots(self, labels: Labels) -> set[int]:
+        return {value for factor in labels.factors for value in np.unique(self.root[factor.atoms]).tolist()}
 
     def _expect(self, old: Labels) -> _Expected:
         if id(old) not in self.expected:
@@ -267,18 +274,17 @@ class _Expectations:
 
     def _expectation(self, old: Labels) -> _Expected:
         factors = [atoms for f in old.factors if (atoms := canonical(f.atoms)) is not None]
-        roots = np.unique(np.concatenate([self.root[a].ravel() for a in factors])) if factors else np.empty(0, np.int64)
         lines: dict[int, NDArray[np.bool_]] = {}
         for atoms in factors:
             keep = self.kept[self.root[atoms]]
             kept_lines = [np.atleast_1d(keep.any(axis=_all_but(axis, keep.ndim))) for axis in range(keep.ndim)]
             if keep.sum() != math.prod(int(line.sum()) for line in kept_lines):
-                return _Expected({}, None, roots)
+                return _Expected({}, None)
             for axis, line in enumerate(kept_lines):
                 if len(line) > 1:
                     where = axis - keep.ndim
                     lines[where] = lines[where] & line if where in lines else line
-        return _Expected(lines, _contents(_taken(atoms, lines) for atoms in factors), roots)
+        return _Expected(lines, _contents(_taken(atoms, lines) for atoms in factors))
 
 
 def _all_but(axis: int, ndim: int) -> tuple[int, ...]:

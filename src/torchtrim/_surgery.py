@@ -7,11 +7,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from torchtrim._flow import named_tensors, rebuild
-from torchtrim._graph import trace
+from torchtrim._graph import tried, untried
 from torchtrim._history import remember
 from torchtrim._neurons import Kept, NeuronGraph, cut, memory_of, silence
 from torchtrim._plan import LayerPlan, Plan
-from torchtrim._proof import prove
+from torchtrim._proof import Failure, prove
 from torchtrim._surgery_attributes import set_attributes
 from torchtrim.errors import PlanError, TorchtrimWarning
 
@@ -22,16 +22,14 @@ def trim(model: nn.Module, plan: Plan, example: Any) -> nn.Module:
     Raises `PlanError` when the plan does not fit the model. A group that cannot be proved stays whole, with a
     `TorchtrimWarning` that says why. The plan as it was carried out is noted on the new model, for `save`.
     """
-    graph = trace(model, example)
-    trimmed, kept = _carry_out(model, graph, _kept(graph, plan))
+    trimmed, graph, kept = _carry_out(model, plan, example)
     remember(model, trimmed, _carried_out(graph, plan, kept))
     return trimmed
 
 
 def mask(model: nn.Module, plan: Plan, example: Any) -> nn.Module:
     """A new model of the old shape in which the plan's neurons are silent: their parameters are zero."""
-    graph = trace(model, example)
-    _, kept = _carry_out(model, graph, _kept(graph, plan))
+    _, graph, kept = _carry_out(model, plan, example)
     return silence(model, graph, kept)
 
 
@@ -62,18 +60,31 @@ def _carried_out(graph: NeuronGraph, plan: Plan, kept: Kept) -> Plan:
     return Plan(layers, plan.source, plan.notes)
 
 
-def _carry_out(model: nn.Module, graph: NeuronGraph, kept: Kept) -> tuple[nn.Module, Kept]:
-    while True:
-        trimmed = rebuild(model, cut(graph, named_tensors(model), kept))
-        set_attributes(model, trimmed, graph, kept)
-        failure = prove(model, graph, trimmed, kept)
-        if failure is None:
-            return _own(model, trimmed), kept
-        blamed, reason = failure
-        names = [name for name, layer in graph.layers.items() if blamed & set(layer.roots.tolist())]
-        warnings.warn(f"left untrimmed: {', '.join(names) or 'everything'}: {reason}", TorchtrimWarning, stacklevel=3)
-        kept = kept.copy()
-        kept[list(blamed) or slice(None)] = True
+def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, NeuronGraph, Kept]:
+    """The model without the plan's neurons, or without as many of them as can be proved."""
+    graph = untried(model, example)
+    kept = _kept(graph, plan)
+    trimmed, failure = _attempt(model, graph, kept)
+    if failure is not None:  # a trial tells which layers are locked, so that the plan is refused if it means them
+        graph = tried(model, graph)
+        kept = _kept(graph, plan)
+    while failure is not None:
+        trimmed, failure = _attempt(model, graph, kept)
+        if failure is not None:
+            blamed, reason = failure
+            names = [name for name, layer in graph.layers.items() if blamed & set(layer.roots.tolist())]
+            left = ", ".join(names) or "everything"
+            warnings.warn(f"left untrimmed: {left}: {reason}", TorchtrimWarning, stacklevel=3)
+            kept = kept.copy()
+            kept[list(blamed) or slice(None)] = True
+    return _own(model, trimmed), graph, kept
+
+
+def _attempt(model: nn.Module, graph: NeuronGraph, kept: Kept) -> tuple[nn.Module, Failure | None]:
+    tensors = cut(graph, named_tensors(model), kept)
+    trimmed = rebuild(model, tensors)
+    set_attributes(model, trimmed, graph, kept)
+    return trimmed, prove(model, graph, trimmed, kept, tensors)
 
 
 def _own(model: nn.Module, trimmed: nn.Module) -> nn.Module:
