@@ -795,6 +795,43 @@ def _(net, x):
     return net.out(net.attention(x))
 
 
+class Rotary(nn.Module):
+    """Heads whose features are turned by angles that a buffer holds; as many features as heads in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim = 2, 4, 8
+        self.qkv = nn.Linear(6, 24)
+        self.register_buffer("frequencies", torch.tensor([1.0, 0.3]))
+
+    def turned(self, x):
+        angles = torch.arange(x.shape[2], device=x.device, dtype=x.dtype)[:, None] * self.frequencies.repeat(2)
+        first, second = x.chunk(2, -1)
+        return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
+
+    def forward(self, x):
+        n, length, _ = x.shape
+        heads = (part.reshape(n, length, self.num_heads, self.head_dim) for part in self.qkv(x).chunk(3, -1))
+        q, k, v = (part.transpose(1, 2) for part in heads)
+        q, k = self.turned(q), self.turned(k)
+        scores = torch.bmm(q.reshape(-1, length, self.head_dim), k.reshape(-1, length, self.head_dim).mT)
+        x = torch.bmm(scores.softmax(-1), v.reshape(-1, length, self.head_dim)).view(n, -1, length, self.head_dim)
+        return x.transpose(1, 2).reshape(n, length, self.attn_dim)
+
+
+@toy("attention heads with rotary positions", SEQUENCES, "attention.qkv", attention=Rotary, out=linear(8, 3))
+def _(net, x):
+    return net.out(net.attention(x))
+
+
+@toy("attention heads with one scale for each of their features", SEQUENCES, "q k v", {},
+     q=linear(6, 12), k=linear(6, 12), v=linear(6, 12), scale=lambda: nn.Parameter(torch.ones(3)),
+     out=linear(12, 3))  # fmt: skip
+def _(net, x):
+    q, k, v = (layer(x).unflatten(-1, (-1, 3)).transpose(1, 2) for layer in (net.q, net.k, net.v))
+    return net.out(F.scaled_dot_product_attention(q * net.scale, k, v).transpose(1, 2).flatten(2))
+
+
 class Mixed(nn.Module):
     """Kernels of several sizes, each for some of the channels: the sizes of the pieces are kept in a list."""
 

@@ -67,9 +67,36 @@ def untried(model: nn.Module, example: Any) -> NeuronGraph:
 
 def tried(model: nn.Module, graph: NeuronGraph) -> NeuronGraph:
     """The graph in which all is locked that a trial cut shows to be no good."""
+    doubts = _doubts(model, graph)
     while (failure := _try(model, graph)) is not None:
-        graph = _lock(graph, *failure)
+        while failure is not None and doubts:
+            kind, attribute = doubts.pop()
+            other = _without(model, graph, kind, attribute)
+            again = _try(model, other)
+            if again is None or len(again[0]) < len(failure[0]):
+                graph, failure = other, again
+        if failure is not None:
+            graph = _lock(graph, *failure)
     return graph
+
+
+def _doubts(model: nn.Module, graph: NeuronGraph) -> list[tuple[type[nn.Module], str]]:
+    """Attributes, by the class of their module, whose value is the size both of neurons and of an axis that stays."""
+    found: dict[tuple[str, str], set[bool]] = {}
+    for one in graph.descriptions:
+        found.setdefault((one.module, one.attribute), set()).add(one.fixed)
+    doubtful = [(type(model.get_submodule(name)), key) for (name, key), fixed in found.items() if len(fixed) > 1]
+    return list(dict.fromkeys(doubtful))
+
+
+def _without(model: nn.Module, graph: NeuronGraph, kind: type[nn.Module], attribute: str) -> NeuronGraph:
+    """The graph in which an attribute of modules of a class means what stays."""
+    left = [
+        one
+        for one in graph.descriptions
+        if one.attribute != attribute or type(model.get_submodule(one.module)) is not kind
+    ]
+    return replace(graph, descriptions=tuple(left))
 
 
 def _lock(graph: NeuronGraph, blamed: set[int], reason: str) -> NeuronGraph:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,7 @@ class Size:
 
     where: str
     axis: int
+    size: int
     atoms: Atoms
     pieces: Shape
     index: int
@@ -82,6 +83,7 @@ class Ledger:
         self._root = root
         self.step: int | None = None
         self._unions: list[tuple[int | None, Atoms, Atoms]] = []
+        self._eithers: list[tuple[int | None, Atoms, Atoms, str]] = []
         self._pins: list[tuple[int | None, Atoms, str]] = []
         self._rectangles: list[tuple[int | None, Atoms, str]] = []
         self.sizes: list[Size] = []
@@ -101,6 +103,14 @@ class Ledger:
         if one.size:
             self._unions.append((self.step, one, other))
 
+    def unite_or_fix(self, wide: Atoms, narrow: Atoms, reason: str) -> None:
+        """Two labels meet, of which one varies along further axes: `resolve` says what becomes of them.
+
+        Where what goes of the wide one are whole lines along the narrow one's axes (heads, and a table of the
+        positions within a head), the narrow one stays; otherwise they are one.
+        """
+        self._eithers.append((self.step, wide, narrow, reason))
+
     def pin(self, atoms: Atoms, reason: str) -> None:
         self._pins.append((self.step, atoms[atoms > 0], reason))
 
@@ -114,17 +124,25 @@ class Ledger:
         """The atoms with size 1 along axes on which they are known to be one neuron: in a proof, all that are."""
         return compress(atoms if self._root is None else self._root[atoms])
 
+    def agree(self, one: Atoms, other: Atoms) -> bool:
+        """Whether two labels of one shape that meet are one: in a proof, where one head is left, they need not be."""
+        if self._root is None:
+            return True
+        one, other = self._root[one], self._root[other]
+        return bool(((one == other) | (one == 0) | (other == 0)).all())
+
     def keep_rectangular(self, atoms: Atoms, reason: str) -> None:
         """One axis was cut into several: what goes must be whole lines along one of them; `resolve` says which."""
         self._rectangles.append((self.step, atoms, reason))
 
-    def note_size(self, where: str, axis: int, atoms: Atoms, pieces: Shape = (), index: int = 0) -> None:
-        """The code of a module gave a tensor its size along a labelled axis, perhaps from an attribute of its own."""
-        self.sizes.append(Size(where, axis, atoms, pieces, index))
+    def note_size(self, where: str, axis: int, size: int, atoms: Atoms, pieces: Shape = (), index: int = 0) -> None:
+        """The code of a module gave a tensor its size along an axis, perhaps from an attribute of its own."""
+        self.sizes.append(Size(where, axis, size, atoms, pieces, index))
 
     def absorb(self, other: "Ledger") -> None:
         """Take over all that another ledger holds: a run counts once it has ended well."""
         self._unions += other._unions
+        self._eithers += other._eithers
         self._pins += other._pins
         self._rectangles += other._rectangles
         self.sizes += other.sizes
@@ -132,6 +150,7 @@ class Ledger:
     def forget(self, steps: Collection[int]) -> None:
         """Take back what these operators demanded: nobody reads what they compute."""
         self._unions = [demand for demand in self._unions if demand[0] not in steps]
+        self._eithers = [demand for demand in self._eithers if demand[0] not in steps]
         self._pins = [demand for demand in self._pins if demand[0] not in steps]
         self._rectangles = [demand for demand in self._rectangles if demand[0] not in steps]
 
@@ -140,6 +159,8 @@ class Ledger:
         touched = np.zeros(count, bool)
         for _, one, other in self._unions:
             touched[one] = touched[other] = True
+        for _, wide, narrow, _ in self._eithers:
+            touched[wide] = touched[narrow] = True
         for _, atoms, _ in self._pins:
             touched[atoms] = True
         return touched
@@ -147,6 +168,10 @@ class Ledger:
     def broken_by(self, kept: NDArray[np.bool_]) -> Atoms:
         """The atoms whose demands do not hold when these are kept: parted from their other half, or pinned."""
         parted = [np.stack([one, other])[:, kept[one] != kept[other]] for _, one, other in self._unions]
+        for _, wide, narrow, _ in self._eithers:
+            if not (kept[narrow].all() and _is_whole(kept[wide], narrow)):
+                one, other = np.broadcast_arrays(wide, narrow)
+                parted.append(np.stack([one, other])[:, kept[one] != kept[other]])
         pinned = [atoms[~kept[atoms]] for _, atoms, _ in self._pins]
         return np.unique(np.concatenate([np.empty(0, np.int64), *(a.ravel() for a in parted), *pinned]))
 
@@ -159,6 +184,12 @@ class Ledger:
                 flat = np.moveaxis(lines, last, -1).reshape(-1, lines.shape[last])
                 self.unite(flat[:1], flat, reason)
                 root = self._components(count)
+        for _, wide, narrow, reason in self._eithers:
+            if _is_whole(root[wide], narrow):
+                self.pin(narrow.ravel(), reason)
+            else:
+                self.unite(wide, narrow, reason)
+                root = self._components(count)
         pinned = {0: "fixed by construction"}
         for _, atoms, reason in self._pins:
             for value in np.unique(root[atoms]).tolist():
@@ -167,6 +198,13 @@ class Ledger:
 
     def _components(self, count: int) -> Atoms:
         return components(count, [one for _, one, _ in self._unions], [other for _, _, other in self._unions])
+
+
+def _is_whole(values: NDArray[Any], narrow: Atoms) -> bool:
+    """Whether an array is constant along the axes along which another varies."""
+    axes = [axis for axis, size in enumerate(narrow.shape) if size > 1]
+    first = values[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(values.ndim))]
+    return bool((values == first).all())
 
 
 def components(count: int, ones: Sequence[Atoms], others: Sequence[Atoms]) -> Atoms:
@@ -211,14 +249,14 @@ def reshape(atoms: Atoms, old: Shape, new: Shape) -> Atoms:
         return np.zeros((1,) * len(new), np.int64)
     source: list[int] = []
     target: list[int] = []
-    for old_axes, new_axes in _segments(old, new):
+    for old_axes, new_axes in segments(old, new):
         varying = any(atoms.shape[axis] > 1 for axis in old_axes)
         source += [old[axis] if varying else 1 for axis in old_axes]
         target += [new[axis] if varying else 1 for axis in new_axes]
     return compress(np.broadcast_to(atoms, source).reshape(target))
 
 
-def _segments(old: Shape, new: Shape) -> Iterable[tuple[range, range]]:
+def segments(old: Shape, new: Shape) -> Iterable[tuple[range, range]]:
     """Cut two shapes of equal size into the shortest runs of axes of equal size."""
     cuts = [(0, 0)]
     i = j = 0

@@ -43,14 +43,20 @@ class Layer:
 class Description:
     """An attribute of a module that says how many there are along an axis of a label, such as `num_heads`.
 
-    index: of a list of sizes, which one; None where the attribute is an integer.
+    index: of a list of sizes, which one; None where the attribute is an integer. size: what it is before a trim.
     """
 
     module: str
     attribute: str
     index: int | None
     axis: int
+    size: int
     roots: Atoms
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is of an axis that keeps its size, beside the neurons' own: such as the features of a head."""
+        return self.roots.shape[self.axis] == 1
 
     def left(self, kept: Kept) -> int:
         others = tuple(other for other in range(self.roots.ndim) if other != self.axis)

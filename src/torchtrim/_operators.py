@@ -130,11 +130,17 @@ def merge(call: Call, operands: Sequence[Operand], zero: Callable[[Flags], bool]
 
 def _united(call: Call, found: list[tuple[Factor, Flags]], factor: Factor) -> Flags | None:
     """Unite a factor with those that share an axis with it; returns the flags of the one of its own shape."""
+    axes = set(factor.axes())
     same: Flags | None = None
     for other, flags in found:
-        if set(factor.axes()) & set(other.axes()):
+        others = set(other.axes())
+        if axes < others and axes:
+            call.ledger.unite_or_fix(other.atoms, factor.atoms, call.reason("combined"))
+        elif others < axes and others:
+            call.ledger.unite_or_fix(factor.atoms, other.atoms, call.reason("combined"))
+        elif axes & others:
             call.ledger.unite(other.atoms, factor.atoms, call.reason("combined"))
-            if other.atoms.shape == factor.atoms.shape:
+            if other.atoms.shape == factor.atoms.shape and call.ledger.agree(other.atoms, factor.atoms):
                 same = flags
     return same
 

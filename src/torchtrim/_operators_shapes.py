@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchtrim._labels import Atoms, Factor, Labels, fit, reshape
+from torchtrim._labels import Atoms, Factor, Labels, fit, reshape, segments
 from torchtrim._operators import Call, Operand, Table, all_zero, merge, pointwise, tensors, unknown, with_indices
 
 ROWS = Table()
@@ -63,11 +63,14 @@ def _reshape(call: Call) -> Labels:
         return labels
     old, new = tuple(call.args[0].shape), tuple(call.result.shape)
     factors = [f.map(reshape(f.atoms, old, new)) for f in labels.factors]
+    cuts = [cut for cut in segments(old, new) if any(old[axis] > 1 for axis in cut[0])]
     for before, after in zip(labels.factors, factors, strict=True):
         if len(after.axes()) > max(1, len(before.axes())):
             call.ledger.keep_rectangular(after.atoms, call.reason("cut into two axes"))
-        for axis in after.axes():
-            call.ledger.note_size(call.where, axis, after.atoms)
+        for old_axes, new_axes in cuts:  # what is cut from a labelled axis, or joined to one
+            if any(before.varies(axis) for axis in old_axes):
+                for axis in new_axes:
+                    call.ledger.note_size(call.where, axis, new[axis], after.atoms)
     return labels.with_factors(factors)
 
 
@@ -174,14 +177,14 @@ def _split_row(call: Call) -> Sequence[Labels]:
     held = _holds(call, sizes)
     for factor in call.labels_of(call.args[0]).factors:
         if factor.varies(axis):
-            call.ledger.note_size(call.where, axis, factor.atoms)
+            call.ledger.note_size(call.where, axis, factor.atoms.shape[axis], factor.atoms)
     pieces: list[Labels] = []
     for index, size in enumerate(sizes):
         start = sum(sizes[:index])
         pieces.append(_part(call, axis, range(start, start + size)) if held else _piece(call, axis, start, size))
         for factor in pieces[-1].factors:
             if factor.varies(axis):
-                call.ledger.note_size(call.where, axis, factor.atoms, sizes, index)
+                call.ledger.note_size(call.where, axis, size, factor.atoms, sizes, index)
     return pieces
 
 

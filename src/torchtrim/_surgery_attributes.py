@@ -29,8 +29,8 @@ def descriptions(model: nn.Module, ledger: Ledger, root: Atoms) -> Iterator[Desc
         module = model.get_submodule(size.where)
         places = list(_places(module, size))
         roots = canonical(size.atoms, root) if places else None
-        if roots is not None and roots.shape[size.axis] > 1:
-            yield from (Description(size.where, name, index, size.axis, roots) for name, index in places)
+        if roots is not None:
+            yield from (Description(size.where, name, index, size.axis, size.size, roots) for name, index in places)
 
 
 def _places(module: nn.Module, size: Size) -> Iterator[tuple[str, int | None]]:
@@ -40,9 +40,7 @@ def _places(module: nn.Module, size: Size) -> Iterator[tuple[str, int | None]]:
     for name, value in vars(module).items():
         if size.pieces and is_sizes(value, size.pieces):
             yield name, size.index
-        elif (
-            type(value) is int and value == size.atoms.shape[size.axis] and any(word in name.lower() for word in _WORDS)
-        ):
+        elif type(value) is int and value == size.size and any(word in name.lower() for word in _WORDS):
             yield name, None
 
 
@@ -50,7 +48,7 @@ def set_attributes(model: nn.Module, trimmed: nn.Module, graph: NeuronGraph, kep
     """Bring each module's description in line with its tensors after a trim, in place."""
     _set_own(model, trimmed, graph.axes, kept)
     found: dict[tuple[str, str, int | None], set[int]] = {}
-    for one in graph.descriptions:
+    for one in (one for one in graph.descriptions if not one.fixed):
         found.setdefault((one.module, one.attribute, one.index), set()).add(one.left(kept))
     for (name, attribute, index), values in found.items():
         if len(values) == 1:  # else it means more than one thing
