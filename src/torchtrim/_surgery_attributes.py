@@ -20,7 +20,7 @@ from torchtrim._operators_shapes import is_sizes
 _WEIGHTS = ("weight", "parametrizations.weight.original", "parametrizations.weight.original1", "weight_v",
             "weight_orig")  # fmt: skip
 # What attributes that describe a width are called; others of the same value are left alone.
-_WORDS = ("head", "dim", "size", "width", "channel", "chs", "feature", "hidden", "planes", "group")
+_WORDS = ("head", "dim", "size", "width", "channel", "chs", "feature", "hidden", "planes", "group", "nf")
 
 
 def descriptions(model: nn.Module, ledger: Ledger, root: Atoms) -> Iterator[Description]:
