@@ -105,9 +105,17 @@ def generalise(model: nn.Module) -> nn.Module:
 def adapt(model: nn.Module) -> nn.Module:
     """Let those compute with this class whose heads do not make up their features any more, in place."""
     for module in model.modules():
-        if type(module) is nn.MultiheadAttention and module.num_heads * module.head_dim != module.embed_dim:
+        if type(module) is nn.MultiheadAttention and not _is_square(module):
             module.__class__ = MultiheadAttention
         if type(module) is MultiheadAttention:
             # PyTorch's fused transformer layers compute with the widths of whole modules, unless this is false
             module._qkv_same_embed_dim = False
     return model
+
+
+def _is_square(module: nn.MultiheadAttention) -> bool:
+    """Whether inputs, heads and outputs have the same number of features, as PyTorch's own class wants it."""
+    features = module.embed_dim
+    queries = module._parameters["in_proj_weight"]
+    shape = module.q_proj_weight.shape if queries is None else (queries.shape[0] // 3, queries.shape[1])
+    return tuple(shape) == tuple(module.out_proj.weight.shape) == (features, features)

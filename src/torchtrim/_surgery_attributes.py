@@ -35,6 +35,9 @@ def descriptions(model: nn.Module, ledger: Ledger, root: Atoms) -> Iterator[Desc
 
 def _places(module: nn.Module, size: Size) -> Iterator[tuple[str, int | None]]:
     """The attributes that may have given a size, with the index in those that are lists."""
+    bare = isinstance(module, _NormBase) and not module.affine and not module.track_running_stats
+    if bare and module.num_features == size.size:
+        yield "num_features", None
     if type(module).__module__.startswith("torch.nn."):
         return
     for name, value in vars(module).items():
@@ -114,7 +117,8 @@ def _set_heads(
     packed = "in_proj_weight" in parameters
     queries = parameters["in_proj_weight" if packed else "q_proj_weight"]
     new.num_heads = _groups_left(new.num_heads, axes[names[id(queries)]][0][: new.num_heads * new.head_dim], kept)
-    new.embed_dim = new.kdim = new.vdim = new.out_proj.out_features
+    left = new.in_proj_weight if packed else new.q_proj_weight
+    new.embed_dim = new.kdim = new.vdim = left.shape[1]
     if not packed:
         new.kdim, new.vdim = new.k_proj_weight.shape[1], new.v_proj_weight.shape[1]
 
