@@ -120,3 +120,26 @@ def test_a_pruned_layer_goes_by_its_own_name() -> None:
     small = torchtrim.trim(model, plan, example)
     assert (small[0].out_features, small[2].in_features) == (6, 6)
     torch.testing.assert_close(small(example), torchtrim.mask(model, plan, example)(example))
+
+
+class Auxiliary(nn.Module):
+    """A second classifier that training alone reaches, and whose norm wants more than one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.aux, self.norm, self.aux_out = nn.Linear(8, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor):
+        x = self.a(x).relu()
+        return (self.out(x), self.aux_out(self.norm(self.aux(x)).relu())) if self.training else self.out(x)
+
+
+def test_what_training_alone_reaches_is_found_with_a_batch_of_one() -> None:
+    model = Auxiliary()
+    graph = torchtrim.trace(model, torch.randn(1, 6))
+    assert set(graph.layers) == {"a", "out", "aux", "aux_out"}
+    assert set(graph.locked) == {"out", "aux_out"}
+    plan = torchtrim.Plan({"a": torchtrim.LayerPlan(8, (1,)), "aux": torchtrim.LayerPlan(5, (0, 2))})
+    small = torchtrim.trim(model, plan, torch.randn(1, 6))
+    assert small.norm.num_features == 3

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from torchtrim._flow import Flow, RunError, named_tensors, rebuild, run
 from torchtrim._labels import Atoms, Labels, Ledger
@@ -51,8 +53,12 @@ def untried(model: nn.Module, example: Any) -> NeuronGraph:
     flow, device = _evaluated(model, example, labels, ledger)
     flows = [(False, flow)]
     touched = ledger.touched(count)
+    trained_on = example
     if any(t.ndim >= 2 and not any(touched[a].any() for a in axes[n]) for n, t in sources.items()):
-        flows += _trained(model, example, labels, ledger, device)
+        for trained_on in (example, _doubled(example)):  # some norms want more than one value in training
+            if (trained := _trained(model, trained_on, labels, ledger, device)) is not None:
+                flows.append((True, trained))
+                break
     root, pinned = ledger.resolve(count)
     rooted = {name: tuple(root[a] if a.size > 1 else a for a in per_axis) for name, per_axis in axes.items()}
     for roots in (roots for per_axis in rooted.values() for roots in per_axis):
@@ -61,7 +67,8 @@ def untried(model: nn.Module, example: Any) -> NeuronGraph:
     recordings = tuple((training, tuple(one.steps)) for training, one in flows)
     owners = _owners(axes, [atoms for _, one in flows for atoms in one.produced])
     described = tuple(descriptions(model, ledger, root))
-    graph = NeuronGraph({}, rooted, axes, device, recordings, tuple(flow.sites), root, example, described)
+    sites = tuple(flow.sites)
+    graph = NeuronGraph({}, rooted, axes, device, recordings, sites, root, example, trained_on, described)
     return replace(graph, layers=_layers(owners, rooted, pinned))
 
 
@@ -157,17 +164,22 @@ def _evaluated(model: nn.Module, example: Any, labels: Mapping[str, Labels], led
         ) from error
 
 
-def _trained(
-    model: nn.Module, example: Any, labels: Mapping[str, Labels], ledger: Ledger, device: str
-) -> list[tuple[bool, Flow]]:
+def _trained(model: nn.Module, example: Any, labels: Mapping[str, Labels], ledger: Ledger, device: str) -> Flow | None:
     """Run parts that only training reaches, such as auxiliary classifiers, if the model can be run so."""
     trial = Ledger()
     try:
         flow = run(on_device(model, device), example, labels, trial, training=True, device=device)
     except RunError:
-        return []
+        return None
     ledger.absorb(trial)
-    return [(True, flow)]
+    return flow
+
+
+def _doubled(example: Any) -> Any:
+    """The example with batches of two where they were of one."""
+    return pytree.tree_map(
+        lambda one: torch.cat([one, one]) if isinstance(one, Tensor) and one.ndim and len(one) == 1 else one, example
+    )
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ class NeuronGraph:
     sites: tuple[Site, ...]
     root: Atoms
     example: Any
+    training_example: Any
     descriptions: tuple[Description, ...] = ()
 
     @property

@@ -41,7 +41,8 @@ def prove(
         if broken.size:
             return _cut_layers(graph, kept, set(graph.root[broken].tolist())), "its data decides what goes together"
         try:
-            flow = run(on_device(trimmed, graph.device), graph.example, labels, Ledger(settled), training=training,
+            example = graph.training_example if training else graph.example
+            flow = run(on_device(trimmed, graph.device), example, labels, Ledger(settled), training=training,
                        device=graph.device)  # fmt: skip
         except RunError as error:
             return _blame_error(graph, kept, steps, error)
@@ -106,7 +107,8 @@ def _references(model: nn.Module, graph: NeuronGraph, kept: Kept) -> Iterable[tu
     for training, _ in graph.recordings:
         copy = on_device(silent, graph.device)
         ledger = Ledger(_settled(graph))
-        flow = run(copy, graph.example, numbered(model, graph.atoms), ledger, training=training, device=graph.device)
+        example = graph.training_example if training else graph.example
+        flow = run(copy, example, numbered(model, graph.atoms), ledger, training=training, device=graph.device)
         yield training, flow.steps, ledger
 
 
