@@ -125,9 +125,24 @@ def test_the_fused_path_of_transformers_is_put_back(enabled: bool) -> None:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def test_code_that_looks_at_its_inputs_or_at_constants_needs_no_data() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[0], x.shape[0], dtype=torch.bool, device=x.device).tril()
+        mixed = net.a(x).relu() if (x[:, 0] >= 0).all() and mask.any(-1).all() else x * torch.nan
+        return net.out(mixed)[mask[-1].nonzero()[:, 0]]
+
+    model = Net(forward, {"a": nn.Linear(3, 4), "out": nn.Linear(4, 2)})
+    graph = torchtrim.trace(model, torch.ones(2, 3))
+    assert graph.device == "meta"
+    assert set(graph.locked) == {"out"}
+    with torch.device("meta"):
+        hollow = Net(forward, {"a": nn.Linear(3, 4), "out": nn.Linear(4, 2)})
+    assert set(torchtrim.trace(hollow, torch.ones(2, 3)).locked) == {"out"}
+
+
 def test_random_state_is_put_back_when_real_tensors_are_needed() -> None:
     def forward(net: Net, x: Tensor) -> Tensor:
-        return net.out(F.dropout(net.a(x), 0.5, True) if x.sum() < 9 else x)
+        return net.out(F.dropout(net.a(x), 0.5, True) if net.a(x).sum() < 9e9 else x)
 
     model = Net(forward, {"a": nn.Linear(3, 4), "out": nn.Linear(4, 2)})
     state = torch.random.get_rng_state()

@@ -193,10 +193,10 @@ def randomised(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(getattr(module, "running_mean", None), Tensor):
-            nn.init.normal_(module.running_mean, 0, 0.1)  # pyright: ignore[reportArgumentType]
-            nn.init.uniform_(module.running_var, 0.5, 1.5)  # pyright: ignore[reportArgumentType]
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
         if "Norm" in type(module).__name__ and isinstance(getattr(module, "weight", None), nn.Parameter):
-            nn.init.uniform_(module.weight, 0.5, 1.5)  # pyright: ignore[reportArgumentType]
+            nn.init.uniform_(module.weight, 0.5, 1.5)
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel() and (parameter == parameter.view(-1)[0]).all():
             if parameter.view(-1)[0]:

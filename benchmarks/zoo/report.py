@@ -140,7 +140,7 @@ def _faults(records: Sequence[Record]) -> str:
 
 def cause(reason: str) -> str:
     """A reason without the names of modules and numbers, so that those of many models can be counted together."""
-    reason = re.sub(r" in [\w.]+(?=$|[ (])", "", reason)
+    reason = re.sub(r" in (the model itself|[\w.]+)(?=$|[ (])", "", reason)
     return re.sub(r"\d+", "N", reason)[:160]
 
 

@@ -41,7 +41,7 @@ _SIDES = ((96, 128), (128, 160), (192, 224), (256, 288))  # the first that a mod
 def build(name: str) -> Specimen:
     """A model of timm without pretrained weights, and images as small as it takes."""
     model = timm.create_model(name, pretrained=False).eval()
-    settings: dict[str, Any] = model.default_cfg  # pyright: ignore[reportAssignmentType]
+    settings: dict[str, Any] = model.default_cfg
     channels, side = settings["input_size"][0], settings["input_size"][-1]
     if not settings.get("fixed_input_size"):
         for small, other in _SIDES:

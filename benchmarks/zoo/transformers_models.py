@@ -64,24 +64,24 @@ _SOUND: dict[str, Any] = {
 }
 
 
-def _text(head: str, kind: str, **options: Any) -> "Callable[[], Specimen]":
+def _text(head: str, kind: str, **options: Any) -> Callable[[], Specimen]:
     """A model of words, called with their numbers."""
     return lambda: Specimen(_made(head, kind, options), _ids(2, 12), (_ids(3, 12),), (_ids(2, 9),))
 
 
-def _masked(kind: str, **options: Any) -> "Callable[[], Specimen]":
+def _masked(kind: str, **options: Any) -> Callable[[], Specimen]:
     return _text("AutoModelForMaskedLM", kind, **options)
 
 
-def _causal(kind: str, **options: Any) -> "Callable[[], Specimen]":
+def _causal(kind: str, **options: Any) -> Callable[[], Specimen]:
     return _text("AutoModelForCausalLM", kind, **options)
 
 
-def _classes(kind: str, **options: Any) -> "Callable[[], Specimen]":
+def _classes(kind: str, **options: Any) -> Callable[[], Specimen]:
     return _text("AutoModelForSequenceClassification", kind, **options)
 
 
-def _pairs(kind: str, **options: Any) -> "Callable[[], Specimen]":
+def _pairs(kind: str, **options: Any) -> Callable[[], Specimen]:
     """Sentences, and the beginning of what they become."""
 
     def example(batch: int, length: int) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ def _images(
     other: int | None = None,
     head: str = "AutoModelForImageClassification",
     **options: Any,
-) -> "Callable[[], Specimen]":
+) -> Callable[[], Specimen]:
     def example(batch: int, size: int) -> dict[str, Tensor]:
         return {"pixel_values": torch.rand(batch, 3, size, size)}
 
@@ -109,7 +109,7 @@ def _images(
     return lambda: Specimen(_made(head, kind, options), example(2, side), (example(3, side),), sizes)
 
 
-def _sound(head: str, kind: str, **options: Any) -> "Callable[[], Specimen]":
+def _sound(head: str, kind: str, **options: Any) -> Callable[[], Specimen]:
     def example(batch: int, length: int) -> dict[str, Tensor]:
         return {"input_values": torch.randn(batch, length)}
 
@@ -124,7 +124,7 @@ def _segformer() -> Specimen:
     return Specimen(model, first, (second,), (larger,))
 
 
-def _clip(kind: str) -> "Callable[[], Specimen]":
+def _clip(kind: str) -> Callable[[], Specimen]:
     """Words and images, each with a model of its own."""
     text = {key: value for key, value in _SMALL.items() if key != "use_cache"}
     seen = {**_IMAGE, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 72}

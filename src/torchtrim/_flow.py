@@ -8,7 +8,7 @@ import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -86,13 +86,15 @@ Memory = tuple[int, int]
 class Mark:
     """What is known of a tensor, and how often its memory had been written to when that was so.
 
-    memory: the storage, and which part of it where pieces count as tensors of their own.
+    memory: the storage, and which part of it where pieces count as tensors of their own. value: what a tensor without
+    data would hold, where inputs and constants alone decide that.
     """
 
     labels: Labels
     origin: Origin
     memory: Memory
     writes: int
+    value: Tensor | None = None
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -209,7 +211,8 @@ class Flow(TorchDispatchMode):
         self.blamed = [self.read(operand) for operand in operands]
         origins = tuple(origin_of(operand) for operand in operands)
         held = _held(operands)
-        result = _without_data(name, func, args, kwargs)
+        value = _value(name, func, args, kwargs)
+        result = _without_data(name, func, args, kwargs, value)
         where = self.where[-1] if self.where else ""
         call = Call(name, func, args, kwargs, result, labels_of, self.ledger, where, self.modules.get(where))
         row = row_of(name, func)
@@ -234,7 +237,7 @@ class Flow(TorchDispatchMode):
                 self._parts += 1
                 self.mark(tensor, one, source, (tensor.untyped_storage()._cdata, self._parts))
             else:
-                self.mark(tensor, one, source, _memory(tensor, operands))
+                self.mark(tensor, one, source, _memory(tensor, operands), value)
         for tensor in written:
             if not any(tensor is other for other in results):
                 self.mark(tensor, labels_of(tensor), Origin((len(self.steps), -1)))
@@ -285,10 +288,17 @@ class Flow(TorchDispatchMode):
         self.steps = [replace(step, live=index in live) for index, step in enumerate(self.steps)]
         self.ledger.forget({index for index in range(len(self.steps)) if index not in live})
 
-    def mark(self, tensor: Tensor, labels: Labels, origin: Origin, memory: Memory | None = None) -> None:
+    def mark(
+        self,
+        tensor: Tensor,
+        labels: Labels,
+        origin: Origin,
+        memory: Memory | None = None,
+        value: Tensor | None = None,
+    ) -> None:
         memory = memory or _memory(tensor, [tensor])
         writes = len(self._writes.get(memory, ()))
-        tensor._torchtrim_mark = Mark(labels, origin, memory, writes)  # type: ignore[attr-defined]
+        tensor._torchtrim_mark = Mark(labels, origin, memory, writes, value)  # type: ignore[attr-defined]
 
     def _count_write(self, tensor: Tensor, labels: Sequence[Labels]) -> None:
         """Counts stay when memory is freed and used again: what is marked later has seen them."""
@@ -345,9 +355,46 @@ def row_of(name: str, function: Any) -> Row:
     return pointwise if elementwise else unknown
 
 
-def _without_data(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _value(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What an operator gives on tensors without data, where inputs and constants alone decide it, such as a mask.
+
+    Code looks at such tensors (`if mask.all()`), which then needs no weights.
+    """
+    operands = tensors([*args, *kwargs.values()])
+    known = [_known(operand) for operand in operands]
+    on_meta = any(one.is_meta for one in operands) or str(kwargs.get("device")) == "meta"
+    if not on_meta or any(one is None for one in known) or (not operands and name not in _CONSTANTS):
+        return None
+    if function._schema.is_mutable or torch.Tag.nondeterministic_seeded in function.tags:
+        return None
+    with suppress(Exception):  # what cannot be told so, is not
+        on_cpu = {key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items()}
+        result = function(*pytree.tree_map_only(Tensor, _known, args), **pytree.tree_map_only(Tensor, _known, on_cpu))
+        if isinstance(result, Tensor) and result.numel() <= _SMALL:
+            return result
+        if isinstance(result, (bool, int, float)):
+            return torch.tensor(result)
+    return None
+
+
+_CONSTANTS = frozenset(["arange", "zeros", "ones", "full", "scalar_tensor", "tril_indices", "triu_indices", "eye"])
+_SMALL = 1 << 18
+
+
+def _known(tensor: Tensor) -> Tensor | None:
+    mark = mark_of(tensor)
+    if mark is not None and mark.value is not None:
+        return mark.value
+    return tensor if mark is None and tensor.device.type == "cpu" and tensor.numel() <= _SMALL else None
+
+
+def _without_data(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor | None) -> Any:
     """Run an operator; where it would take PyTorch's meta kernels long, and shapes are plain, make the results."""
     first = args[0] if args else None
+    if value is not None and name == "_local_scalar_dense":
+        return value.item()
+    if value is not None and name == "nonzero":
+        return torch.empty_like(value, device="meta")
     if not isinstance(first, Tensor) or not first.is_meta:
         return function(*args, **kwargs)
     if name in _SLOW_NORMS and len(args) > 5 and args[5] is False and _fits_channels(first, args[1:5]):
@@ -489,8 +536,11 @@ def run(
         lambda value: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value,
         call_arguments(example),
     )
+    given = tensors(pytree.tree_leaves(call_arguments(example)))
     for index, tensor in enumerate(tensors(pytree.tree_leaves((args, kwargs)))):
-        flow.mark(tensor, UNKNOWN, Origin(("an input", index)))
+        value = given[index].detach().cpu() if tensor.is_meta and not given[index].is_meta else None
+        known = value if value is not None and value.numel() <= _SMALL else None
+        flow.mark(tensor, UNKNOWN, Origin(("an input", index)), value=known)
     model.train(training)
     devices = [] if torch.device(device).type in ("cpu", "meta") else [device]
     try:

@@ -25,17 +25,17 @@ def random_plan(graph: NeuronGraph, seed: int = 0, fraction: float = 0.3) -> Pla
     Every layer keeps one. Where a group has a single neuron, it stays.
     """
     random = np.random.default_rng(seed)
-    decided: set[int] = set()
-    gone: set[int] = set()
+    decided, gone = np.zeros((2, len(graph.root)), bool)
     for layer in graph.layers.values():
-        units = np.array(sorted(set(layer.roots[layer.removable].tolist()) - decided))
+        units = np.unique(layer.roots[layer.removable])
+        units = units[~decided[units]]
         if len(units) > 1:
-            gone |= set(random.choice(units, max(1, int(len(units) * fraction)), replace=False).tolist())
-        decided |= set(units.tolist())
+            gone[random.choice(units, max(1, int(len(units) * fraction)), replace=False)] = True
+        decided[units] = True
     for layer in graph.layers.values():
-        if gone.issuperset(layer.roots.tolist()):
-            gone -= {int(layer.roots[0])}
-    positions = {name: np.flatnonzero(np.isin(layer.roots, list(gone))) for name, layer in graph.layers.items()}
+        if gone[layer.roots].all():
+            gone[layer.roots[0]] = False
+    positions = {name: np.flatnonzero(gone[layer.roots]) for name, layer in graph.layers.items()}
     return Plan({n: LayerPlan(graph.layers[n].width, tuple(p.tolist())) for n, p in positions.items() if p.size})
 
 
