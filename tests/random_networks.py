@@ -1,5 +1,4 @@
-"""Networks at random, as data: a tree of blocks that hypothesis draws, that can be printed, and that is built again from
-what was printed.
+"""Networks at random, as data: a tree of blocks that hypothesis draws, that can be printed, and built again from that.
 
 A drawn network knows its shape at every block, so that blocks are nested freely: `Trunk` draws one block after another.
 Tensors are laid out in one of two ways: channels first with up to three axes of positions, or tokens [batch, length,
@@ -167,7 +166,9 @@ RESIZED: dict[str, Callable[[Tensor], Tensor]] = {
     "replicated": lambda x: F.pad(x, (1, 0) * (x.ndim - 2), "replicate"),
     "cropped": lambda x: F.pad(x, (-1, 0)),
     "upsampled": lambda x: F.interpolate(x, scale_factor=2),
-    "interpolated": lambda x: F.interpolate(x, size=(3,) * (x.ndim - 2), mode=("linear", "bilinear", "trilinear")[x.ndim - 3]),
+    "interpolated": lambda x: F.interpolate(
+        x, size=(3,) * (x.ndim - 2), mode=("linear", "bilinear", "trilinear")[x.ndim - 3]
+    ),
     "sliced": lambda x: x[..., 1:],
     "strided": lambda x: x[..., ::2],
     "windows": lambda x: x.unfold(-1, 2, 2).mean(-1),
@@ -179,41 +180,13 @@ def _pool(kind: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return getattr(F, f"{kind}_pool{x.ndim - 2}d")(x, *args, **kwargs)
 
 
-# of channels, along axis 1 for images and the last for tokens
-CHANNELS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "flipped": lambda x, axis: x.flip(axis),
-    "repeated": lambda x, axis: torch.cat([x, x], axis),
-    "repeated one by one": lambda x, axis: x.repeat_interleave(2, axis),
-    "flipped beside": lambda x, axis: torch.cat([x, x.flip(axis)], axis),
-    "padded": lambda x, axis: F.pad(x.transpose(axis, -1), (1, 2)).transpose(axis, -1),
-    "beside ones": lambda x, axis: torch.cat([x, torch.ones_like(x.narrow(axis, 0, 1))], axis),
-    "halves swapped": lambda x, axis: torch.cat(x.chunk(2, axis)[::-1], axis),
-    "halves added": lambda x, axis: sum(x.chunk(2, axis)),
-    "halves gated": lambda x, axis: F.glu(x, axis),
-    "halves, one of them gates": lambda x, axis: x.chunk(2, axis)[0] * x.chunk(2, axis)[1].tanh(),
-    "thirds": lambda x, axis: torch.stack(x.tensor_split(3, axis)).sum(0),
-    "even minus odd": lambda x, axis: _every(x, axis, 0) - _every(x, axis, 1),
-    "halves, by a slice": lambda x, axis: x.narrow(axis, 0, x.shape[axis] // 2) + x.narrow(axis, x.shape[axis] // 2, x.shape[axis] // 2),
-    "shuffled": lambda x, axis: _shuffled(x, axis, 2),
-    "shuffled twice": lambda x, axis: _shuffled(_shuffled(x, axis, 2), axis, 2),
-    "pairs": lambda x, axis: x.unflatten(axis, (-1, 2)).sum(axis + 1 if axis > 0 else axis),
-    "maxima of pairs": lambda x, axis: x.unflatten(axis, (-1, 2)).amax(axis + 1 if axis > 0 else axis),
-    "pairs exchanged": lambda x, axis: x.unflatten(axis, (-1, 2)).flip(axis + 1 if axis > 0 else axis).flatten(*_two(axis)),
-    "normalised": lambda x, axis: F.normalize(x, dim=axis, eps=0.1),
-    "centred": lambda x, axis: x - x.mean(axis, keepdim=True),
-    "softmax": lambda x, axis: x.softmax(axis),
-    "rolled": lambda x, axis: x.roll(1, axis),
-    "rolled by half": lambda x, axis: x.roll(x.shape[axis] // 2, axis),
-    "scaled by the sum": lambda x, axis: x * x.sum(axis, keepdim=True).tanh(),
-    "scaled by the norm": lambda x, axis: x / (1 + x.norm(dim=axis, keepdim=True)),
-    "scaled by the product": lambda x, axis: x * (x * x.tanh()).sum(axis, keepdim=True).tanh(),
-    "one is added to all": lambda x, axis: x + x.narrow(axis, 0, 1),
-    "a part is overwritten": lambda x, axis: _overwritten(x, axis),
-}  # fmt: skip
-
-
 def _two(axis: int) -> tuple[int, int]:
     return (axis, axis + 1) if axis > 0 else (axis - 1, axis)
+
+
+def _half(x: Tensor, axis: int, which: int) -> Tensor:
+    size = x.shape[axis] // 2
+    return x.narrow(axis, which * size, size)
 
 
 def _every(x: Tensor, axis: int, start: int) -> Tensor:
@@ -229,6 +202,39 @@ def _overwritten(x: Tensor, axis: int) -> Tensor:
     x = x.clone()
     x.narrow(axis, 0, x.shape[axis] // 2).mul_(0.5)
     return x
+
+
+# of channels, along axis 1 for images and the last for tokens
+CHANNELS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "flipped": lambda x, axis: x.flip(axis),
+    "repeated": lambda x, axis: torch.cat([x, x], axis),
+    "repeated one by one": lambda x, axis: x.repeat_interleave(2, axis),
+    "flipped beside": lambda x, axis: torch.cat([x, x.flip(axis)], axis),
+    "padded": lambda x, axis: F.pad(x.transpose(axis, -1), (1, 2)).transpose(axis, -1),
+    "beside ones": lambda x, axis: torch.cat([x, torch.ones_like(x.narrow(axis, 0, 1))], axis),
+    "halves swapped": lambda x, axis: torch.cat(x.chunk(2, axis)[::-1], axis),
+    "halves added": lambda x, axis: sum(x.chunk(2, axis)),
+    "halves gated": F.glu,
+    "halves, one of them gates": lambda x, axis: x.chunk(2, axis)[0] * x.chunk(2, axis)[1].tanh(),
+    "thirds": lambda x, axis: torch.stack(x.tensor_split(3, axis)).sum(0),
+    "even minus odd": lambda x, axis: _every(x, axis, 0) - _every(x, axis, 1),
+    "halves, by a slice": lambda x, axis: _half(x, axis, 0) + _half(x, axis, 1),
+    "shuffled": lambda x, axis: _shuffled(x, axis, 2),
+    "shuffled twice": lambda x, axis: _shuffled(_shuffled(x, axis, 2), axis, 2),
+    "pairs": lambda x, axis: x.unflatten(axis, (-1, 2)).sum(_two(axis)[1]),
+    "maxima of pairs": lambda x, axis: x.unflatten(axis, (-1, 2)).amax(_two(axis)[1]),
+    "pairs exchanged": lambda x, axis: x.unflatten(axis, (-1, 2)).flip(_two(axis)[1]).flatten(*_two(axis)),
+    "normalised": lambda x, axis: F.normalize(x, dim=axis, eps=0.1),
+    "centred": lambda x, axis: x - x.mean(axis, keepdim=True),
+    "softmax": lambda x, axis: x.softmax(axis),
+    "rolled": lambda x, axis: x.roll(1, axis),
+    "rolled by half": lambda x, axis: x.roll(x.shape[axis] // 2, axis),
+    "scaled by the sum": lambda x, axis: x * x.sum(axis, keepdim=True).tanh(),
+    "scaled by the norm": lambda x, axis: x / (1 + x.norm(dim=axis, keepdim=True)),
+    "scaled by the product": lambda x, axis: x * (x * x.tanh()).sum(axis, keepdim=True).tanh(),
+    "one is added to all": lambda x, axis: x + x.narrow(axis, 0, 1),
+    "a part is overwritten": _overwritten,
+}  # fmt: skip
 
 
 JOINS: dict[str, Callable[..., Tensor]] = {
@@ -477,23 +483,26 @@ class Attention(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """PyTorch's own."""
+    """PyTorch's own, alone or between a norm and a residual."""
 
-    def __init__(self, width: int, heads: int, weights: bool) -> None:
+    def __init__(self, width: int, heads: int, weights: bool, residual: bool) -> None:
         super().__init__()
         self.weights = weights
+        self.norm = nn.LayerNorm(width) if residual else None
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x, x, x, need_weights=self.weights)[0]
+        y = x if self.norm is None else self.norm(x)
+        mixed = self.attention(y, y, y, need_weights=self.weights)[0]
+        return mixed if self.norm is None else x + mixed
 
 
 class Recurrent(nn.Module):
     """The outputs of an LSTM or a GRU."""
 
-    def __init__(self, kind: str, ins: int, outs: int, both: bool) -> None:
+    def __init__(self, kind: str, ins: int, outs: int) -> None:
         super().__init__()
-        self.recurrent = getattr(nn, kind)(ins, outs, batch_first=True, bidirectional=both)
+        self.recurrent = getattr(nn, kind)(ins, outs, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.recurrent(x)[0]
@@ -632,7 +641,9 @@ class Trunk:
 
     @property
     def block(self) -> Block:
-        return self.blocks[0] if len(self.blocks) == 1 else Block("all", {}, tuple(self.blocks))
+        return (
+            self.blocks[0] if len(self.blocks) == 1 else Block("all" if self.blocks else "same", {}, tuple(self.blocks))
+        )
 
     def pick(self, values: Sequence[Any]) -> Any:
         return self.draw(st.sampled_from(list(values)))
@@ -645,11 +656,16 @@ class Trunk:
         return self.pick([n for n in range(1, common + 1) if common % n == 0])
 
     def put(self, name: str, options: Mapping[str, Any] | None = None, parts: Sequence[Block] = ()) -> None:
-        """Append a block; its shape is what it does to a tensor of zeros."""
+        """Append a block; its shape is what it does to a tensor of zeros. One that cannot run there is left out."""
         block = Block(name, options or {}, tuple(parts))
-        self.blocks.append(block)
-        with torch.no_grad():
-            self.shape = tuple(block.build().eval()(torch.zeros(self.shape)).shape)
+        try:
+            with torch.no_grad():
+                shape = tuple(block.build().eval()(torch.zeros(self.shape)).shape)
+        except (RuntimeError, ValueError):  # such as windows that are larger than what there is
+            return
+        if math.prod(shape[2:]) <= 2 * LARGEST:
+            self.blocks.append(block)
+            self.shape = shape
 
     def branch(self, depth: int, width: int | None = None) -> Block:
         """Blocks that keep the positions, and the width where one is asked for."""
@@ -717,10 +733,7 @@ class Trunk:
         elif kind == "positions":
             self.put("layer norm", {"normalized_shape": self.shape[self.pick([2, -1]) :]})
         elif self.tokens:
-            norm = Block("norm", {"kind": "BatchNorm", "dims": 1, "num_features": self.width})
-            self.put("channels last", {}, [norm]) if self.width == self.shape[1] and False else self.put(
-                "layer norm", {"normalized_shape": self.width}
-            )
+            self.put("layer norm", {"normalized_shape": self.width})
         elif kind == "group":
             groups = self.divisor(self.width)
             if self.width // groups * math.prod(self.shape[2:]) > 1:
@@ -748,7 +761,11 @@ class Trunk:
         """Something among the channels that needs no weights."""
         names = list(CHANNELS)
         if self.width % 2 or self.width < 4:
-            names = [name for name in names if not any(word in name for word in ("half", "halves", "even", "shuffled", "pairs"))]
+            names = [
+                name
+                for name in names
+                if not any(word in name for word in ("half", "halves", "even", "shuffled", "pairs"))
+            ]
         if self.width % 3 or self.width < 6:
             names.remove("thirds")
         if self.width > WIDEST // 2:
@@ -774,7 +791,8 @@ class Trunk:
     def attended(self) -> None:
         kind = self.pick(["own", "own", "PyTorch's"])
         if kind == "PyTorch's":
-            self.put("self attention", {"width": self.width, "heads": self.divisor(self.width), "weights": self.flag()})
+            self.put("self attention", {"width": self.width, "heads": self.divisor(self.width), "weights": self.flag(),
+                                        "residual": self.flag()})  # fmt: skip
             return
         heads = self.pick([2, 3, 4])
         joined = self.flag()
@@ -787,8 +805,7 @@ class Trunk:
     def sequential(self) -> None:
         kind = self.pick(["recurrent", "mixed", "marked"])
         if kind == "recurrent":
-            self.put(kind, {"kind": self.pick(["LSTM", "GRU", "RNN"]), "ins": self.width, "outs": self.pick(WIDTHS),
-                            "both": self.flag()})  # fmt: skip
+            self.put(kind, {"kind": self.pick(["LSTM", "GRU", "RNN"]), "ins": self.width, "outs": self.pick(WIDTHS)})
         elif kind == "mixed":
             self.put(kind, {"length": self.shape[1], "middle": self.pick(WIDTHS)})
         else:
@@ -829,44 +846,44 @@ class Trunk:
 
     def moved(self) -> None:
         """Positions change, or the layout does."""
-        positions = math.prod(self.shape[2:])
         if self.tokens:
-            kind = self.pick(["image", "image", "pooled", "token"])
-            if kind == "image":
-                length = self.shape[1]
-                height = self.divisor(length)
-                size = self.pick([(length,), (height, length // height)])
-                how = self.pick(["unflatten", "reshape", "view"])
-                self.put("to image", {"size": size, "how": how})
-                self.tokens = False
-            elif kind == "token":
-                self.put("marked", {"length": self.shape[1], "width": self.width, "token": True})
-            else:
-                self.put("pooled", {"how": self.pick(["mean", "sum", "max", "first"]), "tokens": True})
-                self.tokens = False
-        elif self.dims == 0:
-            return
+            self.moved_tokens()
+        elif self.dims:
+            self.moved_channels(math.prod(self.shape[2:]))
+
+    def moved_tokens(self) -> None:
+        length = self.shape[1]
+        kind = self.pick(["image", "image", "pooled", "token"])
+        if kind == "image":
+            height = self.divisor(length)
+            size = self.pick([(length,), (height, length // height)])
+            self.put("to image", {"size": size, "how": self.pick(["unflatten", "reshape", "view"])})
+            self.tokens = False
+        elif kind == "token":
+            self.put("marked", {"length": length, "width": self.width, "token": True})
         else:
-            kinds = ["resized", "resized", "tokens", "flat", "pooled"]
-            if self.dims == 2 and self.width % 4 == 0 and positions <= LARGEST // 4:
-                kinds.append("pixel shuffle")
-            if self.dims == 2 and self.width <= 6 and all(size % 2 == 0 for size in self.shape[2:]):
-                kinds.append("pixel unshuffle")
-            kind = self.pick(kinds)
-            if kind == "tokens":
-                self.put("to tokens", {"how": self.pick(["flatten", "permute", "reshape"])})
-                self.tokens = True
-            elif kind == "flat":
-                ins = self.width * positions
-                self.put("flat", {"ins": ins, "outs": self.pick(WIDTHS), "bias": self.flag(),
-                                  "how": self.pick(["flatten", "reshape", "last"])})  # fmt: skip
-            elif kind == "pooled":
-                self.put("pooled", {"how": self.pick(["mean", "sum", "max", "first"]), "tokens": False})
-            elif kind == "resized":
-                self.resized(positions)
-            else:
-                option = "upscale_factor" if kind == "pixel shuffle" else "downscale_factor"
-                self.put(kind, {option: 2})
+            self.put("pooled", {"how": self.pick(["mean", "sum", "max", "first"]), "tokens": True})
+            self.tokens = False
+
+    def moved_channels(self, positions: int) -> None:
+        kinds = ["resized", "resized", "tokens", "flat", "pooled"]
+        if self.dims == 2 and self.width % 4 == 0 and positions <= LARGEST // 4:
+            kinds.append("pixel shuffle")
+        if self.dims == 2 and self.width <= 6 and all(size % 2 == 0 for size in self.shape[2:]):
+            kinds.append("pixel unshuffle")
+        kind = self.pick(kinds)
+        if kind == "tokens":
+            self.put("to tokens", {"how": self.pick(["flatten", "permute", "reshape"])})
+            self.tokens = True
+        elif kind == "flat":
+            options = {"ins": self.width * positions, "outs": self.pick(WIDTHS), "bias": self.flag()}
+            self.put("flat", {**options, "how": self.pick(["flatten", "reshape", "last"])})
+        elif kind == "pooled":
+            self.put("pooled", {"how": self.pick(["mean", "sum", "max", "first"]), "tokens": False})
+        elif kind == "resized":
+            self.resized(positions)
+        else:
+            self.put(kind, {"upscale_factor" if kind == "pixel shuffle" else "downscale_factor": 2})
 
     def resized(self, positions: int) -> None:
         small = min(self.shape[2:]) < 3
@@ -877,7 +894,9 @@ class Trunk:
             names = [name for name in names if name not in ("reflected", "replicated")]
         if self.flag() and not small:
             kernel = {"kernel_size": 3, "stride": 2, "padding": 1}
-            self.put("conv", {"dims": self.dims, "in_channels": self.width, "out_channels": self.pick(WIDTHS), **kernel})
+            self.put(
+                "conv", {"dims": self.dims, "in_channels": self.width, "out_channels": self.pick(WIDTHS), **kernel}
+            )
         else:
             self.put("function", {"table": "resized", "name": self.pick(names)})
 
