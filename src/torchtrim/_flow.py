@@ -243,22 +243,36 @@ class Flow(TorchDispatchMode):
                 self.mark(tensor, labels_of(tensor), Origin((len(self.steps), -1)))
         self.produced += call.produced
         if name not in VIEWS:
-            shape_of = distinct_shape if row is pointwise else _shape
-            seen = [(shape_of(t), one) for t, one in zip(operands, self.blamed, strict=True)]
-            seen += [(tuple(t.shape), labels_of(t)) for t in results]
-            loose = (
-                row is pointwise
-                or name in _ELEMENTWISE
-                or (name in _PRODUCTS and not all(one.uniform for one in self.blamed))
-            )
-            constants = (*_constants(name, args, kwargs), *held)
+            seen = [*zip(operands, self.blamed, strict=True), *((t, labels_of(t)) for t in results)]
             live = bool(written) or not results  # what else it does cannot be seen to be of no use
-            self.steps.append(Step(name, where, constants, tuple(seen), origins, loose, live))
+            self.steps.append(self._step(call, row, seen, origins, held, live))
         self.ledger.step = None
         kind = None if isinstance(call.module, RECURRENT) else kind_of(name, args, kwargs)
         if kind is not None:
             self.sites.append(Site(len(self.sites), name, where, kind, tuple(results[0].shape), labels[0]))
         return result
+
+    def _step(
+        self,
+        call: Call,
+        row: Row,
+        seen: Sequence[tuple[Tensor, Labels]],
+        origins: tuple[Origin, ...],
+        held: tuple[Any, ...],
+        live: bool,
+    ) -> Step:
+        """What a proof compares of a call. `seen`: its operands, then its results."""
+        shape_of = distinct_shape if row is pointwise else _shape
+        operands = len(origins)
+        shapes = [shape_of(one) if place < operands else _shape(one) for place, (one, _) in enumerate(seen)]
+        loose = (
+            row is pointwise
+            or call.name in _ELEMENTWISE
+            or (call.name in _PRODUCTS and not all(one.uniform for one in self.blamed))
+        )
+        constants = (*_constants(call.name, call.args, call.kwargs), *(str(one.dtype) for one, _ in seen), *held)
+        labelled = tuple(zip(shapes, (labels for _, labels in seen), strict=True))
+        return Step(call.name, call.where, constants, labelled, origins, loose, live)
 
     def _without_constants(self, labels: Labels, call: Call) -> Labels:
         """A factor that varies along no axis can never go: its tensor would lose everything."""
@@ -455,14 +469,23 @@ def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
 def _constants(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """The numbers in an operator's arguments that a trimmed model must repeat; those that are widths may change."""
     if name in FACTORIES or name.startswith("new_"):
-        values: list[Any] = [value for value in args if isinstance(value, (int, float))]
+        values: list[Any] = [value for value in args if isinstance(value, (int, float))] + [kwargs.get("generator")]
     elif name == "convolution":
         values = list(args[:8])
     elif name == "native_group_norm":
         values = [args[-1]]
     else:
         values = [*args, *kwargs.values()]
-    return tuple(leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, (int, float, str)))
+    return tuple(_constant(leaf) for leaf in pytree.tree_leaves(values))
+
+
+def _constant(value: Any) -> Any:
+    """A number or a text as it is; where a tensor is, or nothing; what seeds a generator, and what kind the rest is."""
+    if value is None or isinstance(value, (int, float, complex, str)):
+        return value
+    if isinstance(value, torch.Generator):
+        return "generator", value.initial_seed()
+    return "tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _held(operands: list[Tensor]) -> tuple[Any, ...]:
@@ -486,6 +509,7 @@ _FEW = 64
 _MAKERS = frozenset([torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor, Tensor.new])
 
 
+_INDEXERS = frozenset([Tensor.__getitem__, Tensor.__setitem__])
 _DATA = Tensor.data
 # Functions that hand the data of a tensor to Python.
 _READERS = frozenset([Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__])
@@ -505,6 +529,15 @@ class _Data(TorchFunctionMode):
             numbers = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, (int, float)))
             where = self.flow.where[-1] if self.flow.where else ""
             self.flow.steps.append(Step("data", where, numbers))
+        elif func in _INDEXERS:  # lists and ranges, of which PyTorch makes tensors unseen
+            places = [one for one in pytree.tree_leaves(args[1:2]) if isinstance(one, range)]
+            lists = args[1] if isinstance(args[1], tuple) else args[1:2]
+            numbers = [leaf for one in lists if isinstance(one, list) for leaf in pytree.tree_leaves(one)]
+            numbers += [number for place in places for number in place]
+            if numbers:
+                where = self.flow.where[-1] if self.flow.where else ""
+                constants = tuple(one for one in numbers if isinstance(one, (int, float)))
+                self.flow.steps.append(Step("data", where, constants))
         elif func in _READERS:
             labels = self.flow.read(args[0])
             for factor in labels.factors:
