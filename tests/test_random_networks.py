@@ -90,14 +90,14 @@ LEFT = ("aten::convolution", "aten::roll")
 
 
 @given(networks(), FRACTIONS, SEEDS, st.sampled_from([1, 2]))
-@sometimes(90)
+@sometimes(70)
 def test_trim_equals_mask(network: Network, fraction: float, seed: int, stay: int) -> None:
     check_exact(network, fraction, seed, stay)
 
 
 @pytest.mark.slow
 @given(networks(), FRACTIONS, SEEDS, st.sampled_from([1, 2]))
-@often(1800)
+@often(1400)
 def test_trim_equals_mask_often(network: Network, fraction: float, seed: int, stay: int) -> None:
     check_exact(network, fraction, seed, stay)
 

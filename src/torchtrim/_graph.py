@@ -263,7 +263,8 @@ def trial(graph: NeuronGraph) -> Kept:
 def _try(model: nn.Module, graph: NeuronGraph) -> Failure | None:
     """Prove the trial. A failure that blames nobody locks the groups that fail alone too, or else everything."""
     kept = trial(graph)
-    failure = None if kept.all() else _attempt(model, graph, kept)
+    light = {name: tensor.detach().to(graph.device) for name, tensor in named_tensors(model).items()}
+    failure = None if kept.all() else attempt(model, graph, kept, light)[1]
     if failure is None or failure[0]:
         return failure
     groups: dict[str, set[int]] = {}
@@ -273,14 +274,16 @@ def _try(model: nn.Module, graph: NeuronGraph) -> Failure | None:
     for roots in groups.values():
         alone = np.ones(len(kept), bool)
         alone[list(roots)] = kept[list(roots)]
-        if not alone.all() and _attempt(model, graph, alone) is not None:
+        if not alone.all() and attempt(model, graph, alone, light)[1] is not None:
             blamed |= roots
     return blamed or set().union(*groups.values()), failure[1]
 
 
-def _attempt(model: nn.Module, graph: NeuronGraph, kept: Kept) -> Failure | None:
-    light = {name: tensor.detach().to(graph.device) for name, tensor in named_tensors(model).items()}
-    tensors = cut(graph, light, kept)
+def attempt(
+    model: nn.Module, graph: NeuronGraph, kept: Kept, sources: Mapping[str, Tensor]
+) -> tuple[nn.Module, Failure | None]:
+    """The model of which only this is kept, cut out of these tensors, and what is wrong with it."""
+    tensors = cut(graph, sources, kept)
     trimmed = rebuild(model, tensors)
     set_attributes(model, trimmed, graph, kept)
-    return prove(model, graph, trimmed, kept, tensors)
+    return trimmed, prove(model, graph, trimmed, kept, tensors)

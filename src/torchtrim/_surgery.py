@@ -6,13 +6,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from torchtrim._flow import named_tensors, rebuild
-from torchtrim._graph import tried, untried
+from torchtrim._flow import named_tensors
+from torchtrim._graph import attempt, tried, untried
 from torchtrim._history import remember
-from torchtrim._neurons import Kept, NeuronGraph, cut, memory_of, silence
+from torchtrim._neurons import Kept, NeuronGraph, memory_of, silence
 from torchtrim._plan import LayerPlan, Plan
-from torchtrim._proof import Failure, prove
-from torchtrim._surgery_attributes import set_attributes
 from torchtrim.errors import PlanError, TorchtrimWarning
 
 
@@ -64,12 +62,12 @@ def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, N
     """The model without the plan's neurons, or without as many of them as can be proved."""
     graph = untried(model, example)
     kept = _kept(graph, plan)
-    trimmed, failure = _attempt(model, graph, kept)
+    trimmed, failure = attempt(model, graph, kept, named_tensors(model))
     if failure is not None:  # a trial tells which layers are locked, so that the plan is refused if it means them
         graph = tried(model, graph)
         kept = _kept(graph, plan)
     while failure is not None:
-        trimmed, failure = _attempt(model, graph, kept)
+        trimmed, failure = attempt(model, graph, kept, named_tensors(model))
         if failure is not None:
             blamed, reason = failure
             names = [name for name, layer in graph.layers.items() if blamed & set(layer.roots.tolist())]
@@ -78,13 +76,6 @@ def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, N
             kept = kept.copy()
             kept[list(blamed) or slice(None)] = True
     return _own(model, trimmed), graph, kept
-
-
-def _attempt(model: nn.Module, graph: NeuronGraph, kept: Kept) -> tuple[nn.Module, Failure | None]:
-    tensors = cut(graph, named_tensors(model), kept)
-    trimmed = rebuild(model, tensors)
-    set_attributes(model, trimmed, graph, kept)
-    return trimmed, prove(model, graph, trimmed, kept, tensors)
 
 
 def _own(model: nn.Module, trimmed: nn.Module) -> nn.Module:
