@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchtrim
-from torchtrim._flow import call_arguments, named_tensors, rebuild, row_of
+from torchtrim._copies import call_arguments, named_tensors, rebuild
+from torchtrim._flow import row_of
 from torchtrim._lenet import LeNet
 from torchtrim._operators import pointwise, unknown
 from torchtrim.errors import TraceError

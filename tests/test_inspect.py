@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 import torchtrim
 from small_data import write_model
-from torchtrim._inspect import Input, Inspection, example_of, inspect, parse_inputs, reach
+from torchtrim._inputs import Input, example_of, parse_inputs
+from torchtrim._inspect import Inspection, inspect
 from torchtrim._lenet import LeNet
 from torchtrim._neurons import Layer, neurons_of
+from torchtrim._reach import reach
 from torchtrim.cli import app
 from torchtrim.errors import TorchtrimError
 from toys import Net

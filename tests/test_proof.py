@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import torchtrim
 import torchtrim._graph
-from torchtrim._flow import named_tensors, rebuild
+from torchtrim._copies import named_tensors, rebuild
 from torchtrim._graph import trial
 from torchtrim._lenet import LeNet
 from torchtrim._neurons import Kept, NeuronGraph, cut, silence

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import torchtrim
 from random_networks import Network, networks, random_plan, with_random_values
 from torchtrim import LayerPlan, Plan, TorchtrimWarning
-from torchtrim._flow import named_tensors, rebuild
+from torchtrim._copies import named_tensors, rebuild
 from torchtrim._neurons import Kept, NeuronGraph, cut
 from torchtrim._proof import prove
 from torchtrim._surgery_attributes import set_attributes

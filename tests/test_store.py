@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torchtrim import Fraction, load, mask, profile, save, select, trim
-from torchtrim._flow import named_tensors
+from torchtrim._copies import named_tensors
 from torchtrim._history import history
 from torchtrim._lenet import LeNet
 from torchtrim._store import is_saved_model, read_facts, read_model, write_model

@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchtrim
 from benchmarks.zoo.models import Specimen, build
 from torchtrim import TorchtrimWarning
-from torchtrim._flow import call_arguments, named_tensors
+from torchtrim._copies import call_arguments, named_tensors
+from torchtrim._flow import IS_OUTPUT
 from torchtrim._neurons import NeuronGraph
 from torchtrim._proof import on_device
 from torchtrim.testing import random_plan
@@ -35,7 +36,6 @@ RTOL = 1e-6
 SINGLE_RTOL = 1e-3  # for models whose own code insists on float32
 FRACTION = 0.3
 _SOON = 5.0
-_OUTPUT = "it is an output of the model"
 
 
 class Examination:
@@ -242,7 +242,7 @@ def reach(model: nn.Module, graph: NeuronGraph) -> dict[str, int]:
 
     Layers that give the model's outputs are left out.
     """
-    outputs = {layer.parameter for layer in graph.layers.values() if layer.locked == _OUTPUT}
+    outputs = {layer.parameter for layer in graph.layers.values() if layer.locked == IS_OUTPUT}
     free = np.zeros(len(graph.root), bool)
     for layer in graph.layers.values():
         free[layer.roots[layer.removable]] = True

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchtrim._flow import call_arguments, named_tensors, rebuild
+from torchtrim._copies import call_arguments, named_tensors, rebuild
 from torchtrim.errors import TraceError
 
 

@@ -4,24 +4,23 @@ Works on a copy whose tensors are replaced (`rebuild`), on the meta device where
 model is never touched and no arithmetic is done.
 """
 
-import copy
-import hashlib
-from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrim import _operators, _operators_products, _operators_shapes, _operators_statistics
 from torchtrim._activations import ACTIVATIONS, RECURRENT, Kind, kind_of
+from torchtrim._copies import call_arguments, named_modules, named_tensors
 from torchtrim._labels import UNKNOWN, Atoms, Factor, Labels, Ledger, Shape
+from torchtrim._marks import SMALL, Mark, Memory, computed, labels_of, mark_of, memory_among, origin_of, value_of
+from torchtrim._numbers import constants_of, held_by_code
 from torchtrim._operators import (
     FACTORIES,
     Call,
@@ -32,7 +31,7 @@ from torchtrim._operators import (
     tensors,
     unknown,
 )
-from torchtrim._origins import NOWHERE, VIEWS, Look, Origin, seen_through
+from torchtrim._origins import VIEWS, Look, Origin, seen_through
 from torchtrim.errors import TraceError
 
 TABLE = Table(_operators.ROWS | _operators_products.ROWS | _operators_shapes.ROWS | _operators_statistics.ROWS)
@@ -46,6 +45,7 @@ _ELEMENTWISE = FACTORIES | frozenset([
     "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"])  # fmt: skip
 # Their results share memory, but whoever calls them promises to treat each as a tensor of its own.
 _UNSAFE = frozenset(["unsafe_split", "unsafe_split_with_sizes"])
+IS_OUTPUT = "it is an output of the model"  # why a layer is locked
 OUTPUT = "output"  # the step at the end of a run, whose operands are what the model returns
 _PRODUCTS = frozenset(["mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv", "_trilinear", "convolution"])
 
@@ -79,110 +79,6 @@ class Step:
     live: bool = True
 
 
-Memory = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Mark:
-    """What is known of a tensor, and how often its memory had been written to when that was so.
-
-    memory: the storage, and which part of it where pieces count as tensors of their own. value: what a tensor without
-    data would hold, where inputs and constants alone decide that.
-    """
-
-    labels: Labels
-    origin: Origin
-    memory: Memory
-    writes: int
-    value: Tensor | None = None
-
-
-def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every distinct module once, under its first name, as `nn.Module.named_modules` but without its recursion."""
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-    waiting = [("", model)]
-    while waiting:
-        name, module = waiting.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            found[name] = module
-            inside = f"{name}." if name else ""
-            children = [(inside + key, child) for key, child in module._modules.items() if child is not None]
-            waiting += reversed(children)
-    return found
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every distinct parameter, then every distinct buffer, once, under its first name."""
-    modules = named_modules(model)
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for kind in ("_parameters", "_buffers"):
-        for name, module in modules.items():
-            for key, tensor in vars(module)[kind].items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found[f"{name}.{key}" if name else key] = tensor
-    return found
-
-
-def rebuild(model: nn.Module, replace: Mapping[str, Tensor]) -> nn.Module:
-    """A deep copy of the model in which the named parameters and buffers are other tensors."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses what a graph produced
-                memo[id(value)] = value.detach().clone()
-    for name, old in named_tensors(model).items():
-        new = replace[name]
-        memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-        vars(memo[id(old)]).update(vars(old))  # marks that users leave on parameters, such as `no_weight_decay`
-    return _copied(model, memo)
-
-
-# What `copy.deepcopy` hands on as it is.
-_ATOMIC = (bool, int, float, str, type(None), type, torch.dtype, torch.device, torch.Size)
-
-
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """`copy.deepcopy`, which would spend most of its time on the empty dictionaries of modules."""
-    plain = [module for module in model.modules() if _is_plain(type(module))]
-    for module in plain:
-        memo[id(module)] = object.__new__(type(module))
-    for module in plain:
-        new = vars(memo[id(module)])
-        for name, value in vars(module).items():
-            if name == "_compiled_call_impl":
-                continue  # `torch.compile` left it; PyTorch's own copies go without it too
-            if type(value) in _ATOMIC:
-                new[name] = value
-            elif type(value) in (dict, OrderedDict) and not value:
-                new[name] = type(value)()
-            else:
-                new[name] = copy.deepcopy(value, memo)
-    return copy.deepcopy(model, memo)
-
-
-@cache
-def _is_plain(kind: type) -> bool:
-    """Whether all that is to be copied of such a module is in its dictionary."""
-    return (
-        not hasattr(kind, "__deepcopy__")
-        and kind.__reduce_ex__ is object.__reduce_ex__
-        and kind.__getstate__ in (object.__getstate__, getattr(nn.Module, "__getstate__", None))
-        and (kind.__setstate__ is nn.Module.__setstate__ or kind.__module__.startswith("torch.nn."))
-        and not any("__slots__" in vars(parent) for parent in kind.__mro__)
-    )
-
-
-def call_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An example is a tensor, a tuple of positional inputs, or a dict of keyword inputs."""
-    if isinstance(example, dict):
-        return (), dict(example)
-    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
-
-
 class Flow(TorchDispatchMode):
     """Hands labels from operator to operator while a model runs."""
 
@@ -210,9 +106,9 @@ class Flow(TorchDispatchMode):
         operands = tensors([*args, *kwargs.values()])
         self.blamed = [self.read(operand) for operand in operands]
         origins = tuple(origin_of(operand) for operand in operands)
-        held = _held(operands)
-        value = _value(name, func, args, kwargs)
-        result = _without_data(name, func, args, kwargs, value)
+        held = held_by_code(operands)
+        value = value_of(name, func, args, kwargs)
+        result = computed(name, func, args, kwargs, value)
         where = self.where[-1] if self.where else ""
         call = Call(name, func, args, kwargs, result, labels_of, self.ledger, where, self.modules.get(where))
         row = row_of(name, func)
@@ -237,7 +133,7 @@ class Flow(TorchDispatchMode):
                 self._parts += 1
                 self.mark(tensor, one, source, (tensor.untyped_storage()._cdata, self._parts))
             else:
-                self.mark(tensor, one, source, _memory(tensor, operands), value)
+                self.mark(tensor, one, source, memory_among(tensor, operands), value)
         for tensor in written:
             if not any(tensor is other for other in results):
                 self.mark(tensor, labels_of(tensor), Origin((len(self.steps), -1)))
@@ -270,7 +166,7 @@ class Flow(TorchDispatchMode):
             or call.name in _ELEMENTWISE
             or (call.name in _PRODUCTS and not all(one.uniform for one in self.blamed))
         )
-        constants = (*_constants(call.name, call.args, call.kwargs), *(str(one.dtype) for one, _ in seen), *held)
+        constants = (*constants_of(call.name, call.args, call.kwargs), *(str(one.dtype) for one, _ in seen), *held)
         labelled = tuple(zip(shapes, (labels for _, labels in seen), strict=True))
         return Step(call.name, call.where, constants, labelled, origins, loose, live)
 
@@ -290,7 +186,7 @@ class Flow(TorchDispatchMode):
         """
         read = [self.read(output) for output in outputs]
         for factor in (factor for one in read for factor in one.factors):
-            self.ledger.pin(factor.atoms.ravel(), "it is an output of the model")
+            self.ledger.pin(factor.atoms.ravel(), IS_OUTPUT)
         seen = tuple((tuple(output.shape), one) for output, one in zip(outputs, read, strict=True))
         self.steps.append(Step(OUTPUT, "", (), seen, tuple(origin_of(output) for output in outputs)))
         live = {index for index, step in enumerate(self.steps) if step.live or step.name == OUTPUT}
@@ -310,13 +206,13 @@ class Flow(TorchDispatchMode):
         memory: Memory | None = None,
         value: Tensor | None = None,
     ) -> None:
-        memory = memory or _memory(tensor, [tensor])
+        memory = memory or memory_among(tensor, [tensor])
         writes = len(self._writes.get(memory, ()))
         tensor._torchtrim_mark = Mark(labels, origin, memory, writes, value)  # type: ignore[attr-defined]
 
     def _count_write(self, tensor: Tensor, labels: Sequence[Labels]) -> None:
         """Counts stay when memory is freed and used again: what is marked later has seen them."""
-        self._writes.setdefault(_memory(tensor, [tensor]), []).append(
+        self._writes.setdefault(memory_among(tensor, [tensor]), []).append(
             tuple(factor for one in labels for factor in one.factors)
         )
 
@@ -340,7 +236,7 @@ class Flow(TorchDispatchMode):
     def read(self, tensor: Tensor) -> Labels:
         """The labels of an operand. One whose memory was written to under another name has none that hold."""
         mark = mark_of(tensor)
-        writes = self._writes.get(_memory(tensor, [tensor]), ())
+        writes = self._writes.get(memory_among(tensor, [tensor]), ())
         if mark is None or mark.writes == len(writes):
             return UNKNOWN if mark is None else mark.labels
         bases = () if tensor._base is None else labels_of(tensor._base).factors
@@ -349,13 +245,6 @@ class Flow(TorchDispatchMode):
         look = Look("written under another name", (len(writes),))
         self.mark(tensor, UNKNOWN, Origin(mark.origin.source, (*mark.origin.looks, look)))
         return UNKNOWN
-
-
-def _memory(tensor: Tensor, operands: Sequence[Tensor]) -> Memory:
-    """The memory of a tensor: that of the operand whose storage it has, or a storage of its own."""
-    storage = tensor.untyped_storage()._cdata
-    marks = (mark for operand in operands if (mark := mark_of(operand)) is not None)
-    return next((mark.memory for mark in marks if mark.memory[0] == storage), (storage, 0))
 
 
 def _shape(tensor: Tensor) -> Shape:
@@ -369,94 +258,6 @@ def row_of(name: str, function: Any) -> Row:
     return pointwise if elementwise else unknown
 
 
-def _value(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """What an operator gives on tensors without data, where inputs and constants alone decide it, such as a mask.
-
-    Code looks at such tensors (`if mask.all()`), which then needs no weights.
-    """
-    operands = tensors([*args, *kwargs.values()])
-    known = [_known(operand) for operand in operands]
-    on_meta = any(one.is_meta for one in operands) or str(kwargs.get("device")) == "meta"
-    if not on_meta or any(one is None for one in known) or (not operands and name not in _CONSTANTS):
-        return None
-    if function._schema.is_mutable or torch.Tag.nondeterministic_seeded in function.tags:
-        return None
-    with suppress(Exception):  # what cannot be told so, is not
-        on_cpu = {key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items()}
-        result = function(*pytree.tree_map_only(Tensor, _known, args), **pytree.tree_map_only(Tensor, _known, on_cpu))
-        if isinstance(result, Tensor) and result.numel() <= _SMALL:
-            return result
-        if isinstance(result, (bool, int, float)):
-            return torch.tensor(result)
-    return None
-
-
-_CONSTANTS = frozenset(["arange", "zeros", "ones", "full", "scalar_tensor", "tril_indices", "triu_indices", "eye"])
-_SMALL = 1 << 18
-
-
-def _known(tensor: Tensor) -> Tensor | None:
-    mark = mark_of(tensor)
-    if mark is not None and mark.value is not None:
-        return mark.value
-    return tensor if mark is None and tensor.device.type == "cpu" and tensor.numel() <= _SMALL else None
-
-
-def _without_data(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor | None) -> Any:
-    """Run an operator; where it would take PyTorch's meta kernels long, and shapes are plain, make the results."""
-    first = args[0] if args else None
-    if value is not None and name == "_local_scalar_dense":
-        return value.item()
-    if value is not None and name == "nonzero":
-        return torch.empty_like(value, device="meta")
-    if not isinstance(first, Tensor) or not first.is_meta:
-        return function(*args, **kwargs)
-    if name in _SLOW_NORMS and len(args) > 5 and args[5] is False and _fits_channels(first, args[1:5]):
-        return torch.empty_like(first), first.new_empty(0), first.new_empty(0)
-    if (
-        name in _SLOW_SUMS
-        and function._overloadname == "Tensor"
-        and len(args) == 2
-        and not function._schema.is_mutable
-        and not kwargs
-    ):
-        second: Any = args[-1]
-        if (
-            isinstance(second, Tensor)
-            and first.dtype.is_floating_point
-            and (first.dtype, first.shape, first.stride())
-            == (
-                second.dtype,
-                second.shape,
-                second.stride(),
-            )
-        ):
-            return torch.empty_like(first)
-    return function(*args, **kwargs)
-
-
-_SLOW_NORMS = frozenset(["native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"])
-_SLOW_SUMS = frozenset(["add", "sub", "mul", "div"])
-
-
-def _fits_channels(inputs: Tensor, vectors: Sequence[Tensor | None]) -> bool:
-    return inputs.ndim > 1 and all(vector is None or vector.shape == inputs.shape[1:2] for vector in vectors)
-
-
-def mark_of(tensor: Tensor) -> Mark | None:
-    return getattr(tensor, "_torchtrim_mark", None)
-
-
-def labels_of(tensor: Tensor) -> Labels:
-    mark = mark_of(tensor)
-    return UNKNOWN if mark is None else mark.labels
-
-
-def origin_of(tensor: Tensor) -> Origin:
-    mark = mark_of(tensor)
-    return NOWHERE if mark is None else mark.origin
-
-
 def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors into which an operator writes."""
     if not function._schema.is_mutable:
@@ -466,45 +267,6 @@ def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
     return tensors(values[name] for name in mutable if name in values)
 
 
-def _constants(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """The numbers in an operator's arguments that a trimmed model must repeat; those that are widths may change."""
-    if name in FACTORIES or name.startswith("new_"):
-        values: list[Any] = [value for value in args if isinstance(value, (int, float))] + [kwargs.get("generator")]
-    elif name == "convolution":
-        values = list(args[:8])
-    elif name == "native_group_norm":
-        values = [args[-1]]
-    else:
-        values = [*args, *kwargs.values()]
-    return tuple(_constant(leaf) for leaf in pytree.tree_leaves(values))
-
-
-def _constant(value: Any) -> Any:
-    """A number or a text as it is; where a tensor is, or nothing; what seeds a generator, and what kind the rest is."""
-    if value is None or isinstance(value, (int, float, complex, str)):
-        return value
-    if isinstance(value, torch.Generator):
-        return "generator", value.initial_seed()
-    return "tensor" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _held(operands: list[Tensor]) -> tuple[Any, ...]:
-    """The values of tensors that no operator made: numbers that the model's own code holds."""
-    held = [t for t in operands if t.device.type == "cpu" and mark_of(t) is None]
-    with _disable_current_modes():
-        return tuple(value for t in held for value in _values(t.detach()))
-
-
-def _values(tensor: Tensor) -> list[Any]:
-    """A few numbers as they are; many, or of another kind, by their bytes."""
-    if tensor.layout != torch.strided:
-        return []
-    if tensor.numel() <= _FEW and not tensor.is_complex():
-        return [float(value) for value in tensor.flatten().tolist()]
-    return [hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()]
-
-
-_FEW = 64
 # Functions that make a tensor of Python's data, which on the meta device would be lost.
 _MAKERS = frozenset([torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor, Tensor.new])
 
@@ -546,7 +308,7 @@ class _Data(TorchFunctionMode):
             self.flow.steps.append(Step("data", "", (), seen, (origin_of(args[0]),)))
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__self__", None) is _DATA and isinstance(result, Tensor):  # `.data`, which no operator makes
-            self.flow.mark(result, self.flow.read(args[0]), origin_of(args[0]), _memory(args[0], [args[0]]))
+            self.flow.mark(result, self.flow.read(args[0]), origin_of(args[0]), memory_among(args[0], [args[0]]))
         return result
 
 
@@ -572,7 +334,7 @@ def run(
     given = tensors(pytree.tree_leaves(call_arguments(example)))
     for index, tensor in enumerate(tensors(pytree.tree_leaves((args, kwargs)))):
         value = given[index].detach().cpu() if tensor.is_meta and not given[index].is_meta else None
-        known = value if value is not None and value.numel() <= _SMALL else None
+        known = value if value is not None and value.numel() <= SMALL else None
         flow.mark(tensor, UNKNOWN, Origin(("an input", index)), value=known)
     model.train(training)
     devices = [] if torch.device(device).type in ("cpu", "meta") else [device]

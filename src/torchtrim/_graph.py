@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchtrim._flow import Flow, RunError, named_tensors, rebuild, run
+from torchtrim._copies import named_tensors, rebuild
+from torchtrim._flow import Flow, RunError, run
 from torchtrim._labels import Atoms, Labels, Ledger
 from torchtrim._neurons import Kept, Layer, NeuronGraph, cut, memory_of
 from torchtrim._proof import Failure, numbered, on_device, prove

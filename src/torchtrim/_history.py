@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torchtrim._flow import named_tensors
+from torchtrim._copies import named_tensors
 from torchtrim._plan import Plan
 
 _ATTRIBUTE = "_torchtrim_history"

@@ -1,237 +1,26 @@
 """What can be trimmed of a model, found without data: its layers, how they hang together, how much it comes to."""
 
-import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from torchtrim._flow import RunError, named_tensors, run
+from torchtrim._flow import RunError
 from torchtrim._graph import trace
-from torchtrim._labels import Ledger
+from torchtrim._inputs import FORM, Input, example_of, listed, parse_inputs, usual_inputs
 from torchtrim._models import PRETRAINED, build_model, check_model_name, load_weights
 from torchtrim._neurons import Layer, NeuronGraph, aligned, layer_sites, neurons_of, operators
-from torchtrim._proof import on_device
-from torchtrim._report import _short
-from torchtrim._source import _device
-from torchtrim.errors import TorchtrimError, TraceError, nearest
+from torchtrim._reach import Reach, reach
+from torchtrim._report import short_count
+from torchtrim._source import device_named
+from torchtrim.errors import TorchtrimError, TraceError
 
 _VERSION = 1  # of what `Inspection.described` gives
-_OUTPUT = "it is an output of the model"
 _NAMED = 4  # layers that are named where more share a reason
-
-# Inputs -------------------------------------------------------------------------------------------------
-
-_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name)
-    for name in ["float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
-}
-_INPUT = re.compile(r"(?:(?P<name>[^\W\d]\w*)=)?(?P<sizes>\d{1,15}(?:[x×]\d{1,15})*)(?::(?P<dtype>\w+))?")
-_FORM = "sizes such as 1x3x224x224, with a type if not float32 (8x128:int64), several with commas"
-
-
-@dataclass(frozen=True)
-class Input:
-    """One tensor that a model is called with. `name`: of the keyword argument, or None where it has its place."""
-
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-    name: str | None = None
-
-    def __str__(self) -> str:
-        name = f"{self.name}=" if self.name else ""
-        dtype = "" if self.dtype == "float32" else f":{self.dtype}"
-        return name + "x".join(map(str, self.shape)) + dtype
-
-    def tensor(self, random: torch.Generator) -> Tensor:
-        """Noise; zeros of an integer type, as any table of embeddings has a row 0."""
-        dtype = _DTYPES[self.dtype]
-        if dtype.is_floating_point:
-            return torch.randn(self.shape, generator=random).to(dtype)
-        return torch.zeros(self.shape, dtype=dtype)
-
-
-def _listed(inputs: Sequence[Input]) -> str:
-    return ",".join(map(str, inputs))
-
-
-def parse_inputs(text: str) -> tuple[Input, ...]:
-    """`1x3x224x224`, `8x128:int64,8x128:bool`, or `ids=8x128:int64,mask=8x128` as inputs. Raises TorchtrimError."""
-    found: list[Input] = []
-    for part in text.split(","):
-        match = _INPUT.fullmatch(part.strip())
-        if match is None:
-            raise TorchtrimError(f"input: expected {_FORM}, found {part.strip() or text!r}")
-        shape = tuple(int(size) for size in re.split("[x×]", match["sizes"]))
-        if 0 in shape:
-            raise TorchtrimError(f"input: expected sizes of at least 1, found {match['sizes']!r}")
-        dtype = match["dtype"] or "float32"
-        if dtype not in _DTYPES:
-            hint = nearest(dtype, _DTYPES) or f"; use one of {', '.join(_DTYPES)}"
-            raise TorchtrimError(f"input: unknown type {dtype!r}{hint}")
-        found.append(Input(shape, dtype, match["name"]))
-    names = [one.name for one in found]
-    if None in names and any(names):
-        raise TorchtrimError(f"input: expected a name for every input or for none, found {text!r}")
-    if any(names) and len({*names}) < len(names):
-        raise TorchtrimError(f"input: expected each name once, found {text!r}")
-    return tuple(found)
-
-
-def example_of(inputs: Sequence[Input]) -> Any:
-    """What `trace` calls a model with: a tensor, a tuple of several, or a dict of those with names."""
-    random = torch.Generator().manual_seed(0)
-    try:
-        tensors = [one.tensor(random) for one in inputs]
-    except (RuntimeError, MemoryError) as error:
-        raise TorchtrimError(f"input: {_listed(inputs)} does not fit into memory; use a smaller one") from error
-    if inputs[0].name:
-        return {str(one.name): tensor for one, tensor in zip(inputs, tensors, strict=True)}
-    return tensors[0] if len(tensors) == 1 else tuple(tensors)
-
-
-def _usual_inputs(name: str, model: nn.Module) -> tuple[Input, ...]:
-    """The input that a model was made for, so far as its library says: one image."""
-    if name == "lenet":
-        return (Input((1, 1, 28, 28)),)
-    settings = getattr(model, "pretrained_cfg", None)
-    if name.startswith("timm:") and settings:
-        return (Input((1, *settings["input_size"])),)
-    side = 299 if name == "torchvision:inception_v3" else int(getattr(model, "image_size", 224))
-    return (Input((1, 3, side, side)),)
-
-
-# How much is within reach -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Share:
-    """`within`: what is within reach. `all`: of the whole model. `outputs`: of its output layers, which do not count
-    as within reach though some of them, `inputs`, can lose what they read."""
-
-    within: int
-    all: int
-    outputs: int
-    inputs: int
-
-    @property
-    def part(self) -> float:
-        return self.within / self.all if self.all else 0.0
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How much of a model trimming can make smaller.
-
-    A weight is within reach if neurons can go along one of its axes; FLOPs are if they are those of such a weight.
-    `parameters`: the weights of convolutions and matrix products, without biases and norms. `flops`: of one call;
-    `weightless` of them multiply activations with each other, as attention does. `outputs`: the layers that are locked
-    because they give the model's outputs.
-    """
-
-    layers: Share
-    parameters: Share
-    flops: Share
-    weightless: int
-    outputs: tuple[str, ...]
-
-
-def reach(model: nn.Module, graph: NeuronGraph, example: Any) -> Reach:
-    """How much of a traced model is within reach; the FLOPs are those of one call on the example."""
-    outputs = [layer for layer in graph.layers.values() if layer.locked == _OUTPUT]
-    reachable = _reachable(graph)
-    flops = _flops_of_weights(model, graph, example)
-    parameters = dict(model.named_parameters())
-    products = {name for weights in flops for name in weights} & parameters.keys() | _weights(model)
-    last = frozenset(layer.parameter for layer in outputs)
-    trimmable = len(graph.layers) - len(graph.locked)
-    return Reach(
-        Share(trimmable, len(graph.layers), len(outputs), 0),
-        _share({frozenset([name]): parameters[name].numel() for name in products}, reachable, last),
-        _share(flops, reachable, last),
-        flops.get(frozenset(), 0),
-        tuple(layer.name for layer in outputs),
-    )
-
-
-def _reachable(graph: NeuronGraph) -> frozenset[str]:
-    """The tensors that lose something along an axis when all goes that can."""
-    free = np.zeros(len(graph.root), bool)
-    for layer in graph.layers.values():
-        free[layer.roots[layer.removable]] = True
-    free[0] = False
-    return frozenset(name for name, axes in graph.axes.items() if any(free[roots].any() for roots in axes))
-
-
-def _share(amounts: Mapping[frozenset[str], int], reachable: frozenset[str], outputs: frozenset[str]) -> Share:
-    within = sum(amount for names, amount in amounts.items() if names & reachable and not names & outputs)
-    last = sum(amount for names, amount in amounts.items() if names & outputs)
-    inputs = sum(amount for names, amount in amounts.items() if names & outputs and names & reachable)
-    return Share(within, sum(amounts.values()), last, inputs)
-
-
-def _weights(model: nn.Module) -> set[str]:
-    """The weights of linear layers and convolutions, those that this mode or input does not reach among them."""
-    known = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, _ConvNd))}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in known}
-
-
-def _flops_of_weights(model: nn.Module, graph: NeuronGraph, example: Any) -> dict[frozenset[str], int]:
-    """The FLOPs of one call, by the weights that they multiply with."""
-    moved = on_device(model, graph.device)
-    with FlopCounterMode(display=False) as counter, _Attribution(moved, counter) as attributed:
-        run(moved, example, {}, Ledger(), training=False, device=graph.device)
-    return attributed.flops
-
-
-class _Attribution(TorchDispatchMode):
-    """Which weights the FLOPs belong to that a counter counts.
-
-    By operand rather than by module: attention reads its `out_proj.weight` without calling `out_proj`. What is computed
-    of weights alone, as by weight norm, belongs to them too.
-    """
-
-    def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
-        super().__init__()
-        self.flops: dict[frozenset[str], int] = {}
-        self._counter = counter
-        self._tensors = named_tensors(model)
-        self._names = {_memory(tensor): frozenset([name]) for name, tensor in self._tensors.items()}
-        self._held: list[Tensor] = []  # memory that is freed is given to other tensors
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        before = self._counter.get_total_flops()
-        result = func(*args, **kwargs)
-        flops = self._counter.get_total_flops() - before
-        operands = _leaves((args, kwargs))
-        names = [self._names.get(_memory(tensor), frozenset[str]()) for tensor in operands]
-        if flops:
-            weights = frozenset(name for some in names for name in some if self._tensors[name].ndim > 1)
-            self.flops[weights] = self.flops.get(weights, 0) + flops
-        if operands and all(names):
-            for tensor in _leaves(result):
-                self._names.setdefault(_memory(tensor), frozenset[str]().union(*names))
-                self._held.append(tensor)
-        return result
-
-
-def _leaves(values: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
 
 # An inspection ------------------------------------------------------------------------------------------
 
@@ -284,7 +73,7 @@ class Inspection:
         """A tree of the layers by their modules, the reasons why some are locked, and how much is within reach."""
         tree = _Tree(self.graph)
         blocks = [
-            [f"{self.name}, called with {_listed(self.inputs)}"],
+            [f"{self.name}, called with {listed(self.inputs)}"],
             tree.lines(),
             tree.notes(columns),
             tree.reasons(columns),
@@ -314,16 +103,16 @@ def inspect(
     check_model_name(name, weights)
     if given is None and ".py:" in name:
         raise TorchtrimError(
-            f"{name}: expected --input, as a file does not say what its model is called with; name {_FORM}"
+            f"{name}: expected --input, as a file does not say what its model is called with; name {FORM}"
         )
-    place = _device(device)
+    place = device_named(device)
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(0)
         usual = 10 if name == "lenet" else 1000
         model = build_model(name, classes=classes or usual, pretrained=weights == PRETRAINED)
     if weights is not None and weights != PRETRAINED:
         model = load_weights(model, weights)
-    called = given or _usual_inputs(name, model)
+    called = given or usual_inputs(name, model)
     # Of a single image, batch norm may have one value per channel, with which parts that only run in training cannot.
     traced = given or [replace(one, shape=(2, *one.shape[1:])) for one in called]
     model = model.to(place)
@@ -333,8 +122,8 @@ def inspect(
         cause = error.__cause__
         found = f"{cause} (in {cause.where})" if isinstance(cause, RunError) else str(error)
         raise TraceError(
-            f"the input {_listed(called)} does not fit the model, {type(model).__name__}: {found}; "
-            f"name another with --input: {_FORM}"
+            f"the input {listed(called)} does not fit the model, {type(model).__name__}: {found}; "
+            f"name another with --input: {FORM}"
         ) from error
     return Inspection(name, called, graph, reach(model, graph, example_of(called)))
 
@@ -522,7 +311,7 @@ def _reach_lines(found: Reach) -> list[str]:
         for title, share, write in (
             ("layers", found.layers, "{:,}".format),
             ("weights", found.parameters, "{:,}".format),
-            ("FLOPs", found.flops, _short),
+            ("FLOPs", found.flops, short_count),
         )
     ]
     rows.insert(0, ("Within reach", "", "of all", "share"))
@@ -544,11 +333,12 @@ def _remarks(found: Reach) -> Iterator[str]:
         inputs = "no inputs" if not weights.inputs else "inputs" if weights.inputs == weights.outputs else "some inputs"
         yield (
             f"Counted apart, as what the model gives out stays: the {which}, {weights.outputs:,} weights "
-            f"({_percent(weights.outputs, weights.all)}) and {_short(flops.outputs)} FLOPs, which can lose {inputs}."
+            f"({_percent(weights.outputs, weights.all)}) and {short_count(flops.outputs)} FLOPs, which can lose "
+            f"{inputs}."
         )
     if found.weightless:
         share = _percent(found.weightless, flops.all)
-        yield f"FLOPs without weights, such as attention's: {_short(found.weightless)} ({share})."
+        yield f"FLOPs without weights, such as attention's: {short_count(found.weightless)} ({share})."
 
 
 def _percent(part: int, whole: int) -> str:

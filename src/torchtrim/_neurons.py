@@ -13,7 +13,8 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
-from torchtrim._flow import Site, Step, named_tensors, rebuild
+from torchtrim._copies import named_tensors, rebuild
+from torchtrim._flow import Site, Step
 from torchtrim._labels import Atoms
 
 Kept = NDArray[np.bool_]  # for each root, whether it stays

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchtrim._activations import KINDS, Kind
+from torchtrim._copies import named_tensors
 from torchtrim._counting import Counts
 from torchtrim._files import write_whole
-from torchtrim._flow import Site, named_tensors
+from torchtrim._flow import Site
 from torchtrim._graph import Layer, NeuronGraph
 from torchtrim._watch import Totals, Watch
 from torchtrim.criteria import Floats, Integers, LayerProfile

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from torchtrim._attention import generalise
-from torchtrim._flow import OUTPUT, RunError, Step, named_tensors, rebuild, run
+from torchtrim._copies import named_tensors, rebuild
+from torchtrim._flow import OUTPUT, RunError, Step, run
 from torchtrim._labels import Atoms, Factor, Labels, Ledger, Shape, canonical
 from torchtrim._neurons import Kept, NeuronGraph, cut, memory_of, silence
 from torchtrim._origins import Look, Piece

@@ -108,7 +108,7 @@ class RoundTable:
             f"{ancestor.parameters / cost.parameters:.2f}×",
             accuracy,
             f"{ancestor.latency / cost.latency:.2f}×",
-            _short(cost.flops / self._batch),
+            short_count(cost.flops / self._batch),
             f"{1e3 * ancestor.latency:.2f} → {1e3 * cost.latency:.2f} ms" if number else f"{1e3 * cost.latency:.2f} ms",
             f"{seconds:.1f} s",
         )
@@ -122,7 +122,7 @@ def _shown_layers(widths: Mapping[str, int], layers: Sequence[str] | None) -> tu
     return trimmed if len(trimmed) <= _TRIMMED_WIDTHS else ()
 
 
-def _short(count: float) -> str:
+def short_count(count: float) -> str:
     """4,586,000 as "4.59 M"."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:

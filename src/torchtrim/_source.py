@@ -54,7 +54,7 @@ def open_source(source: Source) -> Opened:
     another architecture, inputs or classes that do not fit.
     """
     check_model_name(source.model, source.weights)
-    device = _device(source.device)
+    device = device_named(source.device)
     data = load_data(
         source.data, calibration=source.calibration, seed=source.seed, resize=source.resize, crop=source.crop
     )
@@ -71,7 +71,7 @@ def open_source(source: Source) -> Opened:
     return Opened(data, model, _fitting(model, data), device, fresh)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise TorchtrimError(f"device: expected auto, cpu or cuda, found {name!r}")
     if name == "cuda" and not torch.cuda.is_available():

@@ -20,8 +20,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchtrim._attention import adapt
+from torchtrim._copies import named_tensors, rebuild
 from torchtrim._files import write_whole
-from torchtrim._flow import named_tensors, rebuild
 from torchtrim._history import History, describes, history, set_history
 from torchtrim._neurons import memory_of
 from torchtrim._plan import Plan

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from torchtrim._flow import named_tensors
+from torchtrim._copies import named_tensors
 from torchtrim._graph import attempt, tried, untried
 from torchtrim._history import remember
 from torchtrim._neurons import Kept, NeuronGraph, memory_of, silence

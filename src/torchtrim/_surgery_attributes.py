@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from torchtrim._attention import adapt
-from torchtrim._flow import named_tensors
+from torchtrim._copies import named_tensors
 from torchtrim._labels import Atoms, Ledger, Size, canonical
 from torchtrim._neurons import Description, Kept, NeuronGraph
 from torchtrim._operators_shapes import is_sizes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchtrim._flow import call_arguments
+from torchtrim._copies import call_arguments
 from torchtrim._graph import trace
 from torchtrim._neurons import NeuronGraph
 from torchtrim._plan import LayerPlan, Plan

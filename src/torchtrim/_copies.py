@@ -1,0 +1,96 @@
+"""Copies of a model in which the parameters and buffers are other tensors, and what it is called with."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every distinct module once, under its first name, as `nn.Module.named_modules` but without its recursion."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found[name] = module
+            inside = f"{name}." if name else ""
+            children = [(inside + key, child) for key, child in module._modules.items() if child is not None]
+            waiting += reversed(children)
+    return found
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every distinct parameter, then every distinct buffer, once, under its first name."""
+    modules = named_modules(model)
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for kind in ("_parameters", "_buffers"):
+        for name, module in modules.items():
+            for key, tensor in vars(module)[kind].items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{name}.{key}" if name else key] = tensor
+    return found
+
+
+def rebuild(model: nn.Module, replace: Mapping[str, Tensor]) -> nn.Module:
+    """A deep copy of the model in which the named parameters and buffers are other tensors."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses what a graph produced
+                memo[id(value)] = value.detach().clone()
+    for name, old in named_tensors(model).items():
+        new = replace[name]
+        memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        vars(memo[id(old)]).update(vars(old))  # marks that users leave on parameters, such as `no_weight_decay`
+    return _copied(model, memo)
+
+
+# What `copy.deepcopy` hands on as it is.
+_ATOMIC = (bool, int, float, str, type(None), type, torch.dtype, torch.device, torch.Size)
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """`copy.deepcopy`, which would spend most of its time on the empty dictionaries of modules."""
+    plain = [module for module in model.modules() if _is_plain(type(module))]
+    for module in plain:
+        memo[id(module)] = object.__new__(type(module))
+    for module in plain:
+        new = vars(memo[id(module)])
+        for name, value in vars(module).items():
+            if name == "_compiled_call_impl":
+                continue  # `torch.compile` left it; PyTorch's own copies go without it too
+            if type(value) in _ATOMIC:
+                new[name] = value
+            elif type(value) in (dict, OrderedDict) and not value:
+                new[name] = type(value)()
+            else:
+                new[name] = copy.deepcopy(value, memo)
+    return copy.deepcopy(model, memo)
+
+
+@cache
+def _is_plain(kind: type) -> bool:
+    """Whether all that is to be copied of such a module is in its dictionary."""
+    return (
+        not hasattr(kind, "__deepcopy__")
+        and kind.__reduce_ex__ is object.__reduce_ex__
+        and kind.__getstate__ in (object.__getstate__, getattr(nn.Module, "__getstate__", None))
+        and (kind.__setstate__ is nn.Module.__setstate__ or kind.__module__.startswith("torch.nn."))
+        and not any("__slots__" in vars(parent) for parent in kind.__mro__)
+    )
+
+
+def call_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example is a tensor, a tuple of positional inputs, or a dict of keyword inputs."""
+    if isinstance(example, dict):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}

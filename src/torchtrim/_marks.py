@@ -1,0 +1,126 @@
+"""What is known of a tensor while labels are carried: labels, origin, memory, and without data perhaps its value."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchtrim._labels import UNKNOWN, Labels
+from torchtrim._operators import tensors
+from torchtrim._origins import NOWHERE, Origin
+
+Memory = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mark:
+    """What is known of a tensor, and how often its memory had been written to when that was so.
+
+    memory: the storage, and which part of it where pieces count as tensors of their own. value: what a tensor without
+    data would hold, where inputs and constants alone decide that.
+    """
+
+    labels: Labels
+    origin: Origin
+    memory: Memory
+    writes: int
+    value: Tensor | None = None
+
+
+def mark_of(tensor: Tensor) -> Mark | None:
+    return getattr(tensor, "_torchtrim_mark", None)
+
+
+def labels_of(tensor: Tensor) -> Labels:
+    mark = mark_of(tensor)
+    return UNKNOWN if mark is None else mark.labels
+
+
+def origin_of(tensor: Tensor) -> Origin:
+    mark = mark_of(tensor)
+    return NOWHERE if mark is None else mark.origin
+
+
+def memory_among(tensor: Tensor, operands: Sequence[Tensor]) -> Memory:
+    """The memory of a tensor: that of the operand whose storage it has, or a storage of its own."""
+    storage = tensor.untyped_storage()._cdata
+    marks = (mark for operand in operands if (mark := mark_of(operand)) is not None)
+    return next((mark.memory for mark in marks if mark.memory[0] == storage), (storage, 0))
+
+
+def value_of(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What an operator gives on tensors without data, where inputs and constants alone decide it, such as a mask.
+
+    Code looks at such tensors (`if mask.all()`), which then needs no weights.
+    """
+    operands = tensors([*args, *kwargs.values()])
+    known = [_known(operand) for operand in operands]
+    on_meta = any(one.is_meta for one in operands) or str(kwargs.get("device")) == "meta"
+    if not on_meta or any(one is None for one in known) or (not operands and name not in _CONSTANTS):
+        return None
+    if function._schema.is_mutable or torch.Tag.nondeterministic_seeded in function.tags:
+        return None
+    with suppress(Exception):  # what cannot be told so, is not
+        on_cpu = {key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items()}
+        result = function(*pytree.tree_map_only(Tensor, _known, args), **pytree.tree_map_only(Tensor, _known, on_cpu))
+        if isinstance(result, Tensor) and result.numel() <= SMALL:
+            return result
+        if isinstance(result, (bool, int, float)):
+            return torch.tensor(result)
+    return None
+
+
+_CONSTANTS = frozenset(["arange", "zeros", "ones", "full", "scalar_tensor", "tril_indices", "triu_indices", "eye"])
+SMALL = 1 << 18
+
+
+def _known(tensor: Tensor) -> Tensor | None:
+    mark = mark_of(tensor)
+    if mark is not None and mark.value is not None:
+        return mark.value
+    return tensor if mark is None and tensor.device.type == "cpu" and tensor.numel() <= SMALL else None
+
+
+def computed(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor | None) -> Any:
+    """Run an operator; where it would take PyTorch's meta kernels long, and shapes are plain, make the results."""
+    first = args[0] if args else None
+    if value is not None and name == "_local_scalar_dense":
+        return value.item()
+    if value is not None and name == "nonzero":
+        return torch.empty_like(value, device="meta")
+    if not isinstance(first, Tensor) or not first.is_meta:
+        return function(*args, **kwargs)
+    if name in _SLOW_NORMS and len(args) > 5 and args[5] is False and _fits_channels(first, args[1:5]):
+        return torch.empty_like(first), first.new_empty(0), first.new_empty(0)
+    if (
+        name in _SLOW_SUMS
+        and function._overloadname == "Tensor"
+        and len(args) == 2
+        and not function._schema.is_mutable
+        and not kwargs
+    ):
+        second: Any = args[-1]
+        if (
+            isinstance(second, Tensor)
+            and first.dtype.is_floating_point
+            and (first.dtype, first.shape, first.stride())
+            == (
+                second.dtype,
+                second.shape,
+                second.stride(),
+            )
+        ):
+            return torch.empty_like(first)
+    return function(*args, **kwargs)
+
+
+_SLOW_NORMS = frozenset(["native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"])
+_SLOW_SUMS = frozenset(["add", "sub", "mul", "div"])
+
+
+def _fits_channels(inputs: Tensor, vectors: Sequence[Tensor | None]) -> bool:
+    return inputs.ndim > 1 and all(vector is None or vector.shape == inputs.shape[1:2] for vector in vectors)
