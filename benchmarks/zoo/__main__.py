@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=120, help="time limit of a model (default %(default)s)")
     parser.add_argument("--gibibytes", type=float, default=8, help="memory limit of a model (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where the models compute, cpu or cuda (default %(default)s)")
     options = parser.parse_args(arguments)
     found = families(LIBRARIES if options.family == "all" else (options.family,))
     unknown = sorted(set(options.only or ()) - found.keys())
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def work(place: int) -> None:
         name = todo[place]
-        record = {"family": found[name], **examine(name, options.seconds, options.gibibytes)}
+        record = {"family": found[name], **examine(name, options.seconds, options.gibibytes, options.device)}
         store.add(record)
         print(f"{place + 1}/{len(todo)} {name}: {record['status']} {record.get('error', '')}".strip(), flush=True)
 
@@ -48,12 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
 def _changed(options: argparse.Namespace) -> list[str]:
     """The options that decide what is found, where they are not the usual ones."""
     family = [] if options.family == "all" else ["--family", options.family]
-    return [*family, *(["--only", *options.only] if options.only else [])]
+    device = [] if options.device == "cpu" else ["--device", options.device]
+    return [*family, *device, *(["--only", *options.only] if options.only else [])]
 
 
-def examine(name: str, seconds: float, gibibytes: float) -> dict[str, Any]:
+def examine(name: str, seconds: float, gibibytes: float, device: str = "cpu") -> dict[str, Any]:
     """What a process of its own finds of a model, within limits of time and memory."""
-    command = [sys.executable, "-m", "benchmarks.zoo.examine", name, str(gibibytes)]
+    command = [sys.executable, "-m", "benchmarks.zoo.examine", name, str(gibibytes), device]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
         lines, errors, status = run.stdout, run.stderr, run.returncode

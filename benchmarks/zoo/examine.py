@@ -1,4 +1,4 @@
-"""Examine one model in a process of its own: `python -m benchmarks.zoo.examine NAME`.
+"""Examine one model in a process of its own: `python -m benchmarks.zoo.examine NAME GIBIBYTES DEVICE`.
 
 Prints what is known so far as a line of JSON after every stage, so that whoever ends this process still learns how far
 it came.
@@ -41,9 +41,10 @@ _SOON = 5.0
 class Examination:
     """Everything that is tried with one model, stage by stage. `found`: what is known so far."""
 
-    def __init__(self, name: str, report: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(self, name: str, report: Callable[[Mapping[str, Any]], None], device: str = "cpu") -> None:
         self.found: dict[str, Any] = {"name": name, "status": "failed", "stage": "build"}
         self._report = report
+        self._device = device
         self._start = time.perf_counter()
         self.rtol = RTOL
 
@@ -70,7 +71,7 @@ class Examination:
         if seconds < _SOON:  # the first time, some of it went into loading code
             graph, seconds = timed(lambda: torchtrim.trace(model, specimen.example))
         if graph.device not in floors:  # its code looks at values, which only the trace knows without data
-            floors[graph.device] = floor(model, specimen, "cpu")
+            floors[graph.device] = floor(model, specimen, self._device)
         self.found |= {"trace_s": seconds, "device": graph.device, "floor_s": floors[graph.device]}
         self.found |= {"layers": len(graph.layers), "locked": graph.locked, "reach": reach(model, graph)}
         plan = random_plan(graph, 0, FRACTION)
@@ -105,14 +106,14 @@ class Examination:
         """In float64, or where the model's own code does not take that, in float32 as it was."""
         self._enter("call")
         torch.set_default_dtype(torch.float64)  # for what models make while they run
-        double = converted(specimen, torch.float64)
+        double = converted(specimen, torch.float64, self._device)
         try:
             call(double.model, double.example)
         except RuntimeError as error:
             if "loat" not in str(error):
                 raise
             torch.set_default_dtype(torch.float32)
-            double = converted(specimen, torch.float32)
+            double = converted(specimen, torch.float32, self._device)
             call(double.model, double.example)
             self.found["single"] = first_line(error)
             self.rtol = SINGLE_RTOL
@@ -176,14 +177,16 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 # Models and their inputs -----------------------------------------------------------------------------------
 
 
-def converted(specimen: Specimen, dtype: torch.dtype) -> Specimen:
-    """With floating-point numbers of this type, the inputs too."""
+def converted(specimen: Specimen, dtype: torch.dtype, device: str) -> Specimen:
+    """On a device, with floating-point numbers of this type; the inputs too."""
 
     def convert(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
     example, others, sizes = pytree.tree_map(convert, (specimen.example, specimen.others, specimen.sizes))
-    return Specimen(specimen.model.to(dtype), example, others, sizes)
+    return Specimen(specimen.model.to(device, dtype), example, others, sizes)
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -355,13 +358,13 @@ def _with_gradients(model: nn.Module, example: Any) -> set[str]:
 
 
 def main() -> None:
-    name, gibibytes = sys.argv[1], float(sys.argv[2])
-    if sys.platform == "linux":
+    name, gibibytes, device = sys.argv[1], float(sys.argv[2]), sys.argv[3]
+    if sys.platform == "linux" and device == "cpu":  # a GPU's driver reserves far more than it uses
         with suppress(ValueError):  # a lower limit is set already
             resource.setrlimit(resource.RLIMIT_DATA, (int(gibibytes * 2**30),) * 2)
     warnings.simplefilter("ignore")
     torchtrim.trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), torch.zeros(2, 2))  # loads its code
-    Examination(name, lambda found: print(json.dumps(found), flush=True)).run()
+    Examination(name, lambda found: print(json.dumps(found), flush=True), device).run()
 
 
 if __name__ == "__main__":

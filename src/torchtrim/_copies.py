@@ -51,7 +51,15 @@ def rebuild(model: nn.Module, replace: Mapping[str, Tensor]) -> nn.Module:
         new = replace[name]
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         vars(memo[id(old)]).update(vars(old))  # marks that users leave on parameters, such as `no_weight_decay`
-    return _copied(model, memo)
+    return compacted(_copied(model, memo))
+
+
+def compacted(model: nn.Module) -> nn.Module:
+    """With the weights of recurrent layers in one piece of memory each, as cuDNN wants them; in place."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+    return model
 
 
 # What `copy.deepcopy` hands on as it is.

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torchtrim._copies import named_tensors, rebuild
 from torchtrim._flow import Flow, RunError, run
 from torchtrim._labels import Atoms, Labels, Ledger
-from torchtrim._neurons import Kept, Layer, NeuronGraph, cut, memory_of
+from torchtrim._neurons import Description, Kept, Layer, NeuronGraph, cut, memory_of
 from torchtrim._proof import Failure, numbered, on_device, prove
 from torchtrim._surgery_attributes import descriptions, set_attributes
 from torchtrim.errors import TraceError
@@ -27,7 +27,7 @@ __all__ = ["Layer", "NeuronGraph", "trace", "trial"]
 _WEIGHTS = (".weight", ".weight_v", ".weight_orig")  # the latter two where `weight_norm` or `prune` compute the weight
 
 
-def trace(model: nn.Module, example: Any) -> NeuronGraph:
+def trace(model: nn.Module, example: Any, *, through_norms: bool = False) -> NeuronGraph:
     """The neurons of a model. `example` is what the model is called with; only its shapes matter where possible.
 
     What depends on the data, on the mode or on the sizes of the inputs is proved for the path through the model's code
@@ -35,10 +35,10 @@ def trace(model: nn.Module, example: Any) -> NeuronGraph:
 
     Raises `TraceError` when the model cannot run on the example. The model is not touched.
     """
-    return tried(model, untried(model, example))
+    return tried(model, untried(model, example, through_norms=through_norms))
 
 
-def untried(model: nn.Module, example: Any) -> NeuronGraph:
+def untried(model: nn.Module, example: Any, *, through_norms: bool = False) -> NeuronGraph:
     """As `trace`, of which the labels are right, but not all that looks free need be: nothing has been cut yet."""
     sources = named_tensors(model)
     lazy = [
@@ -50,7 +50,7 @@ def untried(model: nn.Module, example: Any) -> NeuronGraph:
         raise TraceError(f"{lazy[0]} has no shape yet; expected a model whose lazy layers have run: call it once first")
     axes, count = _number(sources)
     labels = numbered(model, axes)
-    ledger = Ledger()
+    ledger = Ledger(through_norms=through_norms)
     flow, device = _evaluated(model, example, labels, ledger)
     flows = [(False, flow)]
     touched = ledger.touched(count)
@@ -69,7 +69,9 @@ def untried(model: nn.Module, example: Any) -> NeuronGraph:
     owners = _owners(axes, [atoms for _, one in flows for atoms in one.produced])
     described = tuple(descriptions(model, ledger, root))
     sites = tuple(flow.sites)
-    graph = NeuronGraph({}, rooted, axes, device, recordings, sites, root, example, trained_on, described)
+    graph = NeuronGraph(
+        {}, rooted, axes, device, recordings, sites, root, example, trained_on, described, through_norms
+    )
     return replace(graph, layers=_layers(owners, rooted, pinned))
 
 
@@ -78,8 +80,7 @@ def tried(model: nn.Module, graph: NeuronGraph) -> NeuronGraph:
     doubts = _doubts(model, graph)
     while (failure := _try(model, graph)) is not None:
         while failure is not None and doubts:
-            kind, attribute = doubts.pop()
-            other = _without(model, graph, kind, attribute)
+            other = _with_meaning(model, graph, *doubts.pop())
             again = _try(model, other)
             if again is None or len(again[0]) < len(failure[0]):
                 graph, failure = other, again
@@ -88,23 +89,42 @@ def tried(model: nn.Module, graph: NeuronGraph) -> NeuronGraph:
     return graph
 
 
-def _doubts(model: nn.Module, graph: NeuronGraph) -> list[tuple[type[nn.Module], str]]:
-    """Attributes, by the class of their module, whose value is the size both of neurons and of an axis that stays."""
-    found: dict[tuple[str, str], set[bool]] = {}
+_Meaning = tuple[
+    type[nn.Module], str, int | None
+]  # a class, an attribute, which of its sizes it is; None: of no neurons
+
+
+def _doubts(model: nn.Module, graph: NeuronGraph) -> list[_Meaning]:
+    """What else an attribute may mean, by the class of its module: its value is also the size of other axes."""
+    found: dict[tuple[str, str, int | None], list[Description]] = {}
     for one in graph.descriptions:
-        found.setdefault((one.module, one.attribute), set()).add(one.fixed)
-    doubtful = [(type(model.get_submodule(name)), key) for (name, key), fixed in found.items() if len(fixed) > 1]
-    return list(dict.fromkeys(doubtful))
+        found.setdefault((one.module, one.attribute, one.index), []).append(one)
+    doubts: list[_Meaning] = []
+    for (name, attribute, _), several in found.items():
+        kind, meanings = type(model.get_submodule(name)), {one.line for one in several if not one.fixed}
+        if meanings and any(one.fixed for one in several):
+            doubts.append((kind, attribute, None))
+        if len(meanings) > 1:
+            doubts += [(kind, attribute, place) for place in range(len(meanings))]
+    return list(dict.fromkeys(doubts))
 
 
-def _without(model: nn.Module, graph: NeuronGraph, kind: type[nn.Module], attribute: str) -> NeuronGraph:
-    """The graph in which an attribute of modules of a class means what stays."""
-    left = [
-        one
-        for one in graph.descriptions
-        if one.attribute != attribute or type(model.get_submodule(one.module)) is not kind
-    ]
-    return replace(graph, descriptions=tuple(left))
+def _with_meaning(
+    model: nn.Module, graph: NeuronGraph, kind: type[nn.Module], attribute: str, place: int | None
+) -> NeuronGraph:
+    """The graph in which an attribute of modules of a class means one of its sizes, in the order of execution.
+
+    In a module that has fewer, it means the last.
+    """
+    doubtful = [d for d in graph.descriptions if d.attribute == attribute]
+    doubtful = [d for d in doubtful if type(model.get_submodule(d.module)) is kind]
+    lines: dict[tuple[str, int | None], dict[bytes, None]] = {}
+    for one in doubtful:
+        if place is not None and not one.fixed:
+            lines.setdefault((one.module, one.index), {})[one.line] = None
+    meant = {key: list(several)[: place + 1][-1] for key, several in lines.items() if place is not None}
+    dropped = {id(d) for d in doubtful if d.fixed or meant.get((d.module, d.index)) != d.line}
+    return replace(graph, descriptions=tuple(d for d in graph.descriptions if id(d) not in dropped))
 
 
 def _lock(graph: NeuronGraph, blamed: set[int], reason: str) -> NeuronGraph:
@@ -149,7 +169,7 @@ def _evaluated(model: nn.Module, example: Any, labels: Mapping[str, Labels], led
     tensors = list(named_tensors(model).values())
     real = str(tensors[0].device) if tensors else "cpu"
     try:
-        trial = Ledger()
+        trial = Ledger(through_norms=ledger.through_norms)
         flow = run(on_device(model, "meta"), example, labels, trial, training=False, device="meta")
         ledger.absorb(trial)
         return flow, "meta"
@@ -167,7 +187,7 @@ def _evaluated(model: nn.Module, example: Any, labels: Mapping[str, Labels], led
 
 def _trained(model: nn.Module, example: Any, labels: Mapping[str, Labels], ledger: Ledger, device: str) -> Flow | None:
     """Run parts that only training reaches, such as auxiliary classifiers, if the model can be run so."""
-    trial = Ledger()
+    trial = Ledger(through_norms=ledger.through_norms)
     try:
         flow = run(on_device(model, device), example, labels, trial, training=True, device=device)
     except RunError:

@@ -60,6 +60,7 @@ class Inspection:
         return {
             "version": _VERSION,
             "model": self.name,
+            "through_norms": self.graph.through_norms,
             "input": [{"name": one.name, "shape": list(one.shape), "dtype": one.dtype} for one in self.inputs],
             "layers": layers,
             "reach": {
@@ -73,7 +74,7 @@ class Inspection:
         """A tree of the layers by their modules, the reasons why some are locked, and how much is within reach."""
         tree = _Tree(self.graph)
         blocks = [
-            [f"{self.name}, called with {listed(self.inputs)}"],
+            [f"{self.name}, called with {listed(self.inputs)}{', through norms' * self.graph.through_norms}"],
             tree.lines(),
             tree.notes(columns),
             tree.reasons(columns),
@@ -90,12 +91,13 @@ def inspect(
     weights: str | None = None,
     classes: int | None = None,
     device: str = "auto",
+    through_norms: bool = False,
 ) -> Inspection:
     """Trace a model by its name, as the command line takes it.
 
     inputs: as `parse_inputs` reads them; without, the input that the model's library made it for. weights: a file, or
     "DEFAULT" for the library's own; without, the model is as it is made, for nothing depends on its weights. classes:
-    how many it tells apart, if other than usual.
+    how many it tells apart, if other than usual. through_norms: as for `trace`.
 
     Raises TorchtrimError: an unknown name, inputs that do not fit the model or are needed, weights of another model.
     """
@@ -117,7 +119,7 @@ def inspect(
     traced = given or [replace(one, shape=(2, *one.shape[1:])) for one in called]
     model = model.to(place)
     try:
-        graph = trace(model, example_of(traced))
+        graph = trace(model, example_of(traced), through_norms=through_norms)
     except TraceError as error:
         cause = error.__cause__
         found = f"{cause} (in {cause.where})" if isinstance(cause, RunError) else str(error)

@@ -45,7 +45,14 @@ Say = Callable[[str], None]
 
 
 def silence(
-    source: Source, rule: Rule, criterion: str, reading: Training, progress: Progress, out: Path | None
+    source: Source,
+    rule: Rule,
+    criterion: str,
+    reading: Training,
+    progress: Progress,
+    out: Path | None,
+    *,
+    through_norms: bool = False,
 ) -> Iterator[Any]:
     """Measure a model over the calibration data, and keep the profile in the file `out`; yields what to print.
 
@@ -54,7 +61,7 @@ def silence(
     criteria.resolve(criterion)
     if out is not None:
         _check_profile_file(out)
-    opened = open_source(source)
+    opened = open_source(source, through_norms=through_norms)
     check_layers(unmeasured(opened.model, opened.graph), None)
     if source.untrained:
         warnings.warn(
@@ -63,7 +70,7 @@ def silence(
             stacklevel=2,
         )
     loader = batches(opened.data.calibration, reading.batch_size, workers=reading.workers)
-    measured = profile(opened.model, _Watched(loader, progress, "measuring"))
+    measured = profile(opened.model, _Watched(loader, progress, "measuring"), through_norms=through_norms)
     yield profile_table(measured, rule, criterion)
     yield "\n".join(advice(measured, rule, criterion))
     if out is not None:
@@ -86,6 +93,7 @@ def _next_run(source: Source, measured: Profile, rule: Rule, criterion: str) -> 
     criterion = "contribution" if says_nothing(measured, criterion) else criterion
     asked += ["--rule", str(rule)] if str(rule) != str(MeanPlusStd()) else []
     asked += ["--criterion", criterion] if criterion != "apoz" else []
+    asked += ["--through-norms"] if measured.through_norms else []
     return _command("run", source, *asked, "--layers", ",".join(Progressive().choose(measured, ())))
 
 
@@ -112,7 +120,7 @@ def run(
         raise ModelError(
             f"{settings.source.model} comes untrained; name its weights (--weights) or have it trained (--train-epochs)"
         )
-    opened = open_source(settings.source)
+    opened = open_source(settings.source, through_norms=settings.through_norms)
     layers = None if isinstance(settings.layers, Progressive) else settings.layers
     check_layers(unmeasured(opened.model, opened.graph), layers)
     with RunDirectory.open(
@@ -154,7 +162,8 @@ class _Trimming:
 
     def table(self) -> RoundTable:
         ancestor, facts, layers = self._ancestor, self._directory.facts, self._settings.layers
-        widths = unmeasured(ancestor, trace(ancestor, self._example)).widths
+        graph = trace(ancestor, self._example, through_norms=self._settings.through_norms)
+        widths = unmeasured(ancestor, graph).widths
         cost = measure(ancestor, self._example)
         patterns = layers if isinstance(layers, tuple) else ()
         return RoundTable(
@@ -186,6 +195,7 @@ class _Trimming:
             stop=settings.stop,
             layers=settings.layers,
             criterion=settings.criterion,
+            through_norms=settings.through_norms,
             seed=settings.source.seed,
             done=done,
         )

@@ -77,10 +77,12 @@ class Ledger:
     """What the operators of one or more runs demanded of the atoms. `root`: what is settled already.
 
     `step`: the number of the operator that is speaking; its demands can be taken back. None: they stand.
+    `through_norms`: whether neurons may go that are averaged over, which changes the averages of the others.
     """
 
-    def __init__(self, root: Atoms | None = None) -> None:
+    def __init__(self, root: Atoms | None = None, *, through_norms: bool = False) -> None:
         self._root = root
+        self.through_norms = through_norms
         self.step: int | None = None
         self._unions: list[tuple[int | None, Atoms, Atoms]] = []
         self._eithers: list[tuple[int | None, Atoms, Atoms, str]] = []

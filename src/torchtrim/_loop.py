@@ -156,6 +156,7 @@ def iterate(
     forward: Forward | None = None,
     seed: int = 0,
     done: Sequence[Round] = (),
+    through_norms: bool = False,
 ) -> Iterator[Round]:
     """Trim a model round by round; yields a `Round` after each. `model` itself is not changed.
 
@@ -165,12 +166,12 @@ def iterate(
     evaluate: the accuracy that stop conditions look at; use data that is not the test set. test: an accuracy that
     is only reported. layers: names or patterns, `Progressive(...)`, or None for all that can be trimmed.
     done: rounds of an interrupted loop of the same arguments; it goes on after them, with the same result as without
-    the interruption.
+    the interruption. through_norms: as for `trace`.
 
     Raises, before any work: TraceError when the model cannot run on the example, PlanError for unknown or locked
     layers, or when none can be trimmed. Surgery and measuring raise theirs.
     """
-    graph = trace(model, example)
+    graph = trace(model, example, through_norms=through_norms)
     check_layers(unmeasured(model, graph), None if isinstance(layers, Progressive) else layers)
     criteria.resolve(criterion)
     if isinstance(batches, Iterator):
@@ -178,8 +179,9 @@ def iterate(
             f"batches: expected data that can be read once a round, such as a list or a DataLoader, found the "
             f"iterator {type(batches).__name__}, which is used up after one"
         )
+    rule = resolve_rule(rule)
     settings = _Settings(
-        example, batches, retrain, evaluate, resolve_rule(rule), stop, layers, criterion, test, forward, seed
+        example, batches, retrain, evaluate, rule, stop, layers, criterion, test, forward, seed, through_norms
     )
     return _rounds(model, settings, list(done))
 
@@ -197,6 +199,7 @@ class _Settings:
     test: Evaluate | None
     forward: Forward | None
     seed: int
+    through_norms: bool
 
 
 def _rounds(ancestor: nn.Module, settings: _Settings, done: list[Round]) -> Iterator[Round]:
@@ -215,7 +218,7 @@ def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Sett
     model = last.model if last else ancestor
     clock = _Clock()
     with clock("profile"):
-        measured = profile(model, settings.batches, settings.forward)
+        measured = profile(model, settings.batches, settings.forward, through_norms=settings.through_norms)
     with clock("select"):
         if all(layer.locked for layer in measured.values()):
             return None

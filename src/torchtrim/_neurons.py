@@ -15,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from torchtrim._copies import named_tensors, rebuild
 from torchtrim._flow import Site, Step
-from torchtrim._labels import Atoms
+from torchtrim._labels import Atoms, Ledger
 
 Kept = NDArray[np.bool_]  # for each root, whether it stays
 
@@ -59,6 +59,11 @@ class Description:
         """Whether it is of an axis that keeps its size, beside the neurons' own: such as the features of a head."""
         return self.roots.shape[self.axis] == 1
 
+    @property
+    def line(self) -> bytes:
+        """Tells the neurons apart of which it is the number."""
+        return np.moveaxis(self.roots, self.axis, 0).reshape(self.roots.shape[self.axis], -1)[:, 0].tobytes()
+
     def left(self, kept: Kept) -> int:
         others = tuple(other for other in range(self.roots.ndim) if other != self.axis)
         return int(kept[self.roots].any(axis=others).sum())
@@ -69,6 +74,7 @@ class NeuronGraph:
     """What `trace` found. `layers` in the order of execution; tied layers share a `group` (its first layer's name).
 
     `axes`: the roots of every axis of every tensor; `atoms`: the atoms that these are the roots of.
+    `through_norms`: whether what norms average over may go.
     """
 
     layers: Mapping[str, Layer]
@@ -81,10 +87,15 @@ class NeuronGraph:
     example: Any
     training_example: Any
     descriptions: tuple[Description, ...] = ()
+    through_norms: bool = False
 
     @property
     def locked(self) -> dict[str, str]:
         return {name: layer.locked for name, layer in self.layers.items() if layer.locked}
+
+    def ledger(self, root: Atoms | None = None) -> Ledger:
+        """An empty ledger for a run of the model, or of what is left of it."""
+        return Ledger(root, through_norms=self.through_norms)
 
     def bodies(self, removed: Mapping[str, Any]) -> Kept:
         """Which roots are kept when these neurons of these layers go."""

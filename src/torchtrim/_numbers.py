@@ -20,6 +20,8 @@ def constants_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         values = list(args[:8])
     elif name == "native_group_norm":
         values = [args[-1]]
+    elif name in ("native_layer_norm", "_fused_rms_norm"):
+        values = [len(args[1]), *args[2:], *kwargs.values()]
     else:
         values = [*args, *kwargs.values()]
     return tuple(_constant(leaf) for leaf in pytree.tree_leaves(values))

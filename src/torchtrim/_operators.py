@@ -198,7 +198,7 @@ _ZERO: dict[str, Callable[[Flags], bool]] = {
 def pointwise(call: Call) -> Labels:
     """Every element of the result depends on the operands' elements at its own position."""
     operands = tensors([*call.args, *call.kwargs.values()])
-    labels = [call.labels_of(operand) for operand in operands]
+    labels = [call.labels_of(one) for one in operands]
     if all(one.uniform for one in labels):
         return UNIFORM
     if len(operands) == 1 and not labels[0].factors:

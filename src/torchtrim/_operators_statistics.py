@@ -11,7 +11,6 @@ from torchtrim._operators import (
     Operand,
     Table,
     merge,
-    never_zero,
     operand,
     pointwise,
     tensors,
@@ -59,17 +58,27 @@ def _batch_norm(call: Call) -> Sequence[Labels]:
 
 @ROWS.of("native_layer_norm", "_fused_rms_norm")
 def _layer_norm(call: Call) -> Sequence[Labels]:
+    """Scale and shift of a silent neuron are zero."""
     inputs, shape = call.args[0], call.args[1]
     vectors = [vector for vector in call.args[2:4] if isinstance(vector, Tensor)]
-    factors = merge(call, [operand(call, tensor) for tensor in (inputs, *vectors)], never_zero)
+
+    def zero(flags: Flags) -> bool:
+        return bool(vectors) and all(flags[1:])
+
+    factors = merge(call, [operand(call, tensor) for tensor in (inputs, *vectors)], zero)
     axes = range(inputs.ndim - len(shape), inputs.ndim)
-    factors = call.fix_axes(factors, axes, "normalised over")
+    if call.ledger.through_norms:
+        for axis, size in zip(axes, shape, strict=True):
+            for factor in (one for one in factors if one.varies(axis)):
+                call.ledger.note_size(call.where, axis, size, factor.atoms, tuple(shape), axis - axes[0])
+    else:
+        factors = call.fix_axes(factors, axes, "normalised over")
     return [Labels(tuple(factors)), *(UNKNOWN for _ in call.result[1:])]
 
 
 @ROWS.of("native_group_norm")
 def _group_norm(call: Call) -> Sequence[Labels]:
-    """What is normalised together goes together: whole groups."""
+    """What is normalised together goes together: whole groups; of a single one also some, where norms may change."""
     inputs, groups = call.args[0], call.args[6]
     vectors = [vector for vector in call.args[1:3] if isinstance(vector, Tensor)]
     operands = [operand(call, inputs), *(_along(call, vector, 1, inputs.ndim) for vector in vectors)]
@@ -80,7 +89,7 @@ def _group_norm(call: Call) -> Sequence[Labels]:
     factors = call.fix_axes(merge(call, operands, zero), range(2, inputs.ndim), "normalised over")
     saved: list[Factor] = []
     for factor in factors:
-        if factor.varies(1):
+        if factor.varies(1) and not (call.ledger.through_norms and groups == 1):
             cut = factor.atoms.reshape(factor.atoms.shape[0], groups, -1)
             saved.append(factor.map(call.ledger.tie(cut, 2, call.reason("normalised together"))[:, :, 0]))
     return [Labels(tuple(factors)), Labels(tuple(saved)), Labels(tuple(saved))]
@@ -94,6 +103,7 @@ def _softmax(call: Call) -> Labels:
     return labels.with_factors(Factor(f.atoms, False) for f in factors)
 
 
+_AVERAGES = frozenset(["mean", "std", "var", "var_mean", "std_mean"])
 _KEEP_ZERO = frozenset(["sum", "linalg_vector_norm", "mean", "amax", "amin", "max", "min", "prod", "std", "var",
                         "var_mean", "std_mean", "any"])  # fmt: skip
 
@@ -105,7 +115,7 @@ def _reduced(call: Call, dims: int | Sequence[int] | None, summing: bool) -> Lab
     axes = [axis % max(inputs.ndim, 1) for axis in chosen]
     if summing and labels.static:
         factors = call.fix_axes(labels.factors, axes, NORM)
-    elif summing:
+    elif summing or (call.name in _AVERAGES and call.ledger.through_norms):
         factors = summed(call, labels.factors, axes)
     else:
         factors = call.fix_axes(labels.factors, axes, "reduced over all its values")

@@ -52,23 +52,25 @@ class Plan:
     """The neurons that a model loses; `print(plan)` shows it as a table.
 
     layers: what each layer loses, by its name. source: how it was decided, such as "apoz, mean + 1.0 std".
-    notes: what the user should know about the decision.
+    notes: what the user should know about the decision. through_norms: whether neurons that norms average over may be
+    among them, as in `trace`.
     """
 
     layers: Mapping[str, LayerPlan]
     source: str = ""
     notes: tuple[str, ...] = ()
+    through_norms: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
         object.__setattr__(self, "notes", tuple(self.notes))
 
     def __hash__(self) -> int:
-        return hash((frozenset(self.layers.items()), self.source, self.notes))
+        return hash((frozenset(self.layers.items()), self.source, self.notes, self.through_norms))
 
-    def __reduce__(self) -> tuple[type["Plan"], tuple[dict[str, LayerPlan], str, tuple[str, ...]]]:
+    def __reduce__(self) -> tuple[type["Plan"], tuple[dict[str, LayerPlan], str, tuple[str, ...], bool]]:
         # A mapping proxy cannot be pickled or deep-copied.
-        return type(self), (dict(self.layers), self.source, self.notes)
+        return type(self), (dict(self.layers), self.source, self.notes, self.through_norms)
 
     @property
     def removed(self) -> dict[str, tuple[int, ...]]:
@@ -92,7 +94,8 @@ class Plan:
         """The plan as JSON text, read back by `from_json`."""
         layers = {name: {"width": layer.width, "removed": list(layer.removed)} for name, layer in self.layers.items()}
         content = {"format": _FORMAT, "version": _VERSION, "source": self.source, "notes": list(self.notes)}
-        return json.dumps({**content, "layers": layers})
+        norms = {"through_norms": True} if self.through_norms else {}
+        return json.dumps({**content, **norms, "layers": layers})
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -108,11 +111,14 @@ class Plan:
         faults: list[str] = []
         source: Any = content.get("source")
         notes: Any = content.get("notes")
+        through_norms: Any = content.get("through_norms", False)
         entries: Any = content.get("layers")
         if not isinstance(source, str):
             faults.append(f"source: expected text, found {source!r}")
         if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
             faults.append(f"notes: expected a list of texts, found {notes!r}")
+        if not isinstance(through_norms, bool):
+            faults.append(f"through_norms: expected true or false, found {through_norms!r}")
         if not isinstance(entries, dict):
             faults.append(f"layers: expected an object, found {entries!r}")
             entries = {}
@@ -124,7 +130,7 @@ class Plan:
                 faults.append(f"layer {name!r}: {error}")
         if faults:
             raise PlanError("malformed plan:\n  " + "\n  ".join(faults))
-        return cls(layers, source, tuple(notes))
+        return cls(layers, source, tuple(notes), through_norms)
 
     def __str__(self) -> str:
         rows = [("layer", "width", "", "after", "removed", "share")]
@@ -140,7 +146,8 @@ class Plan:
             for row in rows
         ]
         head = [f"Plan: {self.source}"] if self.source else ["Plan"]
-        return "\n".join(head + lines + [f"note: {note}" for note in self.notes])
+        norms = ["its norms average over fewer: exact only without them"] if self.through_norms else []
+        return "\n".join(head + lines + [f"note: {note}" for note in (*self.notes, *norms)])
 
 
 def _row(name: str, width: int, removed: int) -> tuple[str, str, str, str, str, str]:

@@ -54,8 +54,8 @@ class Profile(Mapping[str, LayerProfile]):
     """What was measured of a model: a `LayerProfile` for each layer, in the order of execution.
 
     `zeros`, `positions`, `apoz` and `mean` hold one array per layer with one entry per neuron; `examples` is how many
-    examples were seen; `sites` lists what each activation call contributed. `print(profile)` shows the mean APoZ by
-    layer, as table 1 of Hu et al., "Network Trimming", 2016, does.
+    examples were seen; `sites` lists what each activation call contributed; `through_norms` is as in `trace`.
+    `print(profile)` shows the mean APoZ by layer, as table 1 of Hu et al., "Network Trimming", 2016, does.
     """
 
     def __init__(
@@ -63,10 +63,13 @@ class Profile(Mapping[str, LayerProfile]):
         layers: Mapping[str, LayerProfile],
         examples: int,
         sites: Mapping[str, tuple[SiteProfile, ...]] | None = None,
+        *,
+        through_norms: bool = False,
     ) -> None:
         self.layers = dict(layers)
         self.examples = examples
         self.sites = dict(sites or {})
+        self.through_norms = through_norms
 
     def __getitem__(self, name: str) -> LayerProfile:
         return self.layers[name]
@@ -118,6 +121,7 @@ class Profile(Mapping[str, LayerProfile]):
                 }
             )
         content = {"format": _FORMAT, "version": _VERSION, "examples": self.examples, "layers": described}
+        content |= {"through_norms": True} if self.through_norms else {}
         write_whole(Path(path), to_safetensors(arrays, {"torchtrim": json.dumps(content)}))
 
     @classmethod
@@ -150,7 +154,7 @@ class Profile(Mapping[str, LayerProfile]):
                 )
                 for at, (site, operator, module, kind) in enumerate(entry["sites"])
             )
-        return cls(layers, content["examples"], sites)
+        return cls(layers, content["examples"], sites, through_norms=content.get("through_norms", False))
 
     def __str__(self) -> str:
         rows = [("layer", "neurons", "mean APoZ", "above 90 %", "always zero")]
@@ -182,12 +186,15 @@ def _row(layer: LayerProfile) -> tuple[str, ...]:
 Forward = Callable[[nn.Module, Any], Any]
 
 
-def profile(model: nn.Module, batches: Iterable[Any], forward: Forward | None = None) -> Profile:
+def profile(
+    model: nn.Module, batches: Iterable[Any], forward: Forward | None = None, *, through_norms: bool = False
+) -> Profile:
     """Measure every neuron of a model over data, in one pass, in evaluation mode and without gradients.
 
     batches: any iterable, such as a DataLoader. A batch that is a tensor is the model's input; of a tuple or list the
     first element is; a mapping holds keyword inputs. `forward=lambda model, batch: ...` calls the model otherwise.
-    Tensors are moved to where the model is. Memory does not grow with the data.
+    Tensors are moved to where the model is. Memory does not grow with the data. through_norms: as for `trace`; a plan
+    that is selected from the profile has it too.
 
     The model is left as it was found: modes, gradients, hooks and random state.
     Raises ProfileError: no batches, a batch that does not fit the model, an activation that is NaN or infinite; the
@@ -199,7 +206,7 @@ def profile(model: nn.Module, batches: Iterable[Any], forward: Forward | None = 
         )
     device = next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
     call = forward or _call
-    watch = Watch(model)
+    watch = Watch(model, through_norms=through_norms)
     number = 0
     with _as_found(model, device):
         for number, batch in enumerate(batches, 1):
@@ -277,7 +284,7 @@ def _result(model: nn.Module, graph: NeuronGraph, totals: Totals, examples: int)
             group=layer.group,
             locked=layer.locked,
         )
-    return Profile(layers, examples, sites)
+    return Profile(layers, examples, sites, through_norms=graph.through_norms)
 
 
 class _Share(NamedTuple):

@@ -43,7 +43,7 @@ def prove(
             return _cut_layers(graph, kept, set(graph.root[broken].tolist())), "its data decides what goes together"
         try:
             example = graph.training_example if training else graph.example
-            flow = run(on_device(trimmed, graph.device), example, labels, Ledger(settled), training=training,
+            flow = run(on_device(trimmed, graph.device), example, labels, graph.ledger(settled), training=training,
                        device=graph.device)  # fmt: skip
         except RunError as error:
             return _blame_error(graph, kept, steps, error)
@@ -107,7 +107,7 @@ def _references(model: nn.Module, graph: NeuronGraph, kept: Kept) -> Iterable[tu
     silent = silence(model, graph, kept)
     for training, _ in graph.recordings:
         copy = on_device(silent, graph.device)
-        ledger = Ledger(_settled(graph))
+        ledger = graph.ledger(_settled(graph))
         example = graph.training_example if training else graph.example
         flow = run(copy, example, numbered(model, graph.atoms), ledger, training=training, device=graph.device)
         yield training, flow.steps, ledger

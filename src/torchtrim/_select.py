@@ -150,7 +150,8 @@ def select(
     if faults:
         raise PlanError("\n".join([*faults, "profile them with data that reaches them, or leave them out"]))
     plans = {name: LayerPlan(profile[name].width, removed[name]) for name in profile if name in removed}
-    return Plan(plans, f"{getattr(function, '__name__', type(function).__name__)}, {rule}", tuple(notes))
+    source = f"{getattr(function, '__name__', type(function).__name__)}, {rule}"
+    return Plan(plans, source, tuple(notes), getattr(profile, "through_norms", False))
 
 
 def check_layers(profile: Mapping[str, LayerProfile], layers: Sequence[str] | None) -> None:

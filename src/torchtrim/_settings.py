@@ -26,6 +26,7 @@ class Settings:
     layers: tuple[str, ...] | Progressive | None = None
     rule: Rule = field(default_factory=MeanPlusStd)
     criterion: str = "apoz"
+    through_norms: bool = False
 
     def described(self) -> dict[str, Any]:
         """What decides the result, as JSON can hold it; not where, nor on what device, nor when it stops."""
@@ -35,6 +36,7 @@ class Settings:
             "layers": f"progressive:{layers.start}" if isinstance(layers, Progressive) else layers and list(layers),
             "rule": str(self.rule),
             "criterion": self.criterion,
+            **({"through_norms": True} if self.through_norms else {}),
             **_described("training", self.training),
             **_described("retraining", self.retraining),
         }

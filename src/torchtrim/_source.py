@@ -47,7 +47,7 @@ class Opened:
     fresh: Callable[[], nn.Module]
 
 
-def open_source(source: Source) -> Opened:
+def open_source(source: Source, *, through_norms: bool = False) -> Opened:
     """Build the model, load its weights and the data, and try the one on the other.
 
     Raises TorchtrimError, what is cheap to find out first: an unknown name, a missing or damaged file, weights of
@@ -68,7 +68,7 @@ def open_source(source: Source) -> Opened:
     if source.weights is not None and source.weights != PRETRAINED:
         model = load_weights(model, source.weights)
     model = model.to(device)
-    return Opened(data, model, _fitting(model, data), device, fresh)
+    return Opened(data, model, _fitting(model, data, through_norms), device, fresh)
 
 
 def device_named(name: str) -> torch.device:
@@ -79,10 +79,10 @@ def device_named(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _fitting(model: nn.Module, data: Data) -> NeuronGraph:
+def _fitting(model: nn.Module, data: Data, through_norms: bool) -> NeuronGraph:
     """The model's neurons. Raises TorchtrimError unless the model takes this data and tells its classes apart."""
     try:
-        graph = trace(model, data.example)
+        graph = trace(model, data.example, through_norms=through_norms)
     except TraceError as error:
         size, cause = " × ".join(map(str, data.shape)), error.__cause__
         found = f"{cause} (in {cause.where})" if isinstance(cause, RunError) else str(error)

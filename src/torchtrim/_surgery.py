@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from torchtrim._copies import named_tensors
+from torchtrim._copies import compacted, named_tensors
 from torchtrim._graph import attempt, tried, untried
 from torchtrim._history import remember
 from torchtrim._neurons import Kept, NeuronGraph, memory_of, silence
@@ -55,12 +55,12 @@ def _carried_out(graph: NeuronGraph, plan: Plan, kept: Kept) -> Plan:
         gone = np.flatnonzero(~kept[layer.roots])
         if name in plan.layers or gone.size:
             layers[name] = LayerPlan(layer.width, tuple(gone.tolist()))
-    return Plan(layers, plan.source, plan.notes)
+    return Plan(layers, plan.source, plan.notes, plan.through_norms)
 
 
 def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, NeuronGraph, Kept]:
     """The model without the plan's neurons, or without as many of them as can be proved."""
-    graph = untried(model, example)
+    graph = untried(model, example, through_norms=plan.through_norms)
     kept = _kept(graph, plan)
     trimmed, failure = attempt(model, graph, kept, named_tensors(model))
     if failure is not None:  # a trial tells which layers are locked, so that the plan is refused if it means them
@@ -88,4 +88,4 @@ def _own(model: nn.Module, trimmed: nn.Module) -> nn.Module:
             if memory not in own:
                 own[memory] = tensor.data.clone()
             tensor.data = own[memory]
-    return trimmed
+    return compacted(trimmed)

@@ -38,6 +38,9 @@ def _places(module: nn.Module, size: Size) -> Iterator[tuple[str, int | None]]:
     bare = isinstance(module, _NormBase) and not module.affine and not module.track_running_stats
     if bare and module.num_features == size.size:
         yield "num_features", None
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and is_sizes(module.normalized_shape, size.pieces):
+        yield "normalized_shape", size.index
+        return
     if type(module).__module__.startswith("torch.nn."):
         return
     for name, value in vars(module).items():

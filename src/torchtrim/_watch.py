@@ -43,9 +43,10 @@ class Watch(TorchDispatchMode):
     way: that reads other parameters, or has larger images ahead of a flatten.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, through_norms: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.through_norms = through_norms
         self.graph: NeuronGraph | None = None
         self.totals: Totals = {}
         self.examples = 0
@@ -152,7 +153,7 @@ class Watch(TorchDispatchMode):
                 "the model goes another way than when it was traced on the same input, so that its activations cannot "
                 "be told apart; make it deterministic in evaluation mode"
             )
-        graph = trace(self.model, _example(self.model, *self._arguments))
+        graph = trace(self.model, _example(self.model, *self._arguments), through_norms=self.through_norms)
         self._paths.append(_Path(graph.sites))
         self.graph = self.graph or graph
 

@@ -60,6 +60,15 @@ Calibration = Annotated[
 ]
 Resize = Annotated[int, typer.Option(help="Image folders: the shorter side, in pixels.", rich_help_panel=_DATA)]
 Crop = Annotated[int, typer.Option(help="Image folders: the square that is seen, in pixels.", rich_help_panel=_DATA)]
+ThroughNorms = Annotated[
+    bool,
+    typer.Option(
+        "--through-norms",
+        help="Trim the widths too that LayerNorm and RMSNorm average over, of embeddings and residual streams. What "
+        "the norms compute then changes.",
+        rich_help_panel=_TRIM,
+    ),
+]
 RuleText = Annotated[
     str,
     typer.Option("--rule", help="Which neurons go: mean+1std, threshold:0.9, fraction:0.3.", rich_help_panel=_TRIM),
@@ -148,6 +157,7 @@ def run(
     ] = None,
     rule: RuleText = "mean+1std",
     criterion: Criterion = "apoz",
+    through_norms: ThroughNorms = False,
     rounds: Annotated[
         int | None, typer.Option(help="Stop after so many. Without any limit: 4.", rich_help_panel=_TRIM)
     ] = None,
@@ -224,6 +234,7 @@ def run(
             layers=_settings.layers_named(layers or (), progressive),
             rule=parse_rule(rule),
             criterion=criterion,
+            through_norms=through_norms,
         )
         say, progress = _display(threads)
         with progress:
@@ -240,6 +251,7 @@ def profile(
     crop: Crop = 224,
     rule: RuleText = "mean+1std",
     criterion: Criterion = "apoz",
+    through_norms: ThroughNorms = False,
     batch_size: BatchSize = None,
     workers: Workers = 0,
     device: Device = "auto",
@@ -259,7 +271,10 @@ def profile(
         reading = _settings.training_for(data, batch_size=batch_size, workers=workers, seed=seed)
         say, progress = _display(threads)
         with progress:
-            for part in _job.silence(source, parse_rule(rule), criterion, reading, progress, out):
+            parts = _job.silence(
+                source, parse_rule(rule), criterion, reading, progress, out, through_norms=through_norms
+            )
+            for part in parts:
                 say(part)
 
 
@@ -287,6 +302,7 @@ def inspect(
             rich_help_panel=_DATA,
         ),
     ] = None,
+    through_norms: ThroughNorms = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print it all as JSON, for programs.", rich_help_panel=_RUN)
     ] = False,
@@ -296,7 +312,9 @@ def inspect(
     with _reported():
         from torchtrim import _inspect
 
-        found = _inspect.inspect(model, inputs=inputs, weights=weights, classes=classes, device=device)
+        found = _inspect.inspect(
+            model, inputs=inputs, weights=weights, classes=classes, device=device, through_norms=through_norms
+        )
         if as_json:
             typer.echo(json.dumps(found.described(), indent=2))
         else:
