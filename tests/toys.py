@@ -30,7 +30,8 @@ def randomised(model: nn.Module) -> nn.Module:
             and module.weight is not None
         ):
             nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.1)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, 0, 0.1)
     return model.double().eval()
 
 

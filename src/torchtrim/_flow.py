@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -283,6 +284,7 @@ _MAKERS = frozenset([torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_
 
 
 _INDEXERS = frozenset([Tensor.__getitem__, Tensor.__setitem__])
+_RMS_NORMS = frozenset([torch.rms_norm, F.rms_norm])
 _DATA = Tensor.data
 # Functions that hand the data of a tensor to Python.
 _READERS = frozenset([Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__])
@@ -311,6 +313,10 @@ class _Data(TorchFunctionMode):
                 where = self.flow.where[-1] if self.flow.where else ""
                 constants = tuple(one for one in numbers if isinstance(one, (int, float)))
                 self.flow.steps.append(Step("data", where, constants))
+        elif func in _RMS_NORMS:  # made of other operators, which do not hear of the shape that it is told
+            where = self.flow.where[-1] if self.flow.where else ""
+            factors = self.flow.read(args[0]).factors
+            _operators_statistics.note_normalized(self.flow.ledger, where, factors, args[0].ndim, args[1])
         elif func in _READERS:
             labels = self.flow.read(args[0])
             for factor in labels.factors:

@@ -197,6 +197,8 @@ class _Tree:
             notes.append("Modules that are alike are shown once; each has groups of its own.")
         if self._units:
             notes.append("Neurons of one unit, such as an attention head, go as a whole.")
+        if any(reason.startswith("normalised over") for reason in self._locks):
+            notes.append("What a norm averages over goes too with --through-norms.")
         return textwrap.wrap(" ".join(notes), columns)
 
     def reasons(self, columns: int) -> list[str]:

@@ -1,10 +1,10 @@
 """Rows of the operators that compare or average: normalisations, softmax, reductions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from torchtrim._labels import UNKNOWN, Factor, Labels
+from torchtrim._labels import UNKNOWN, Factor, Labels, Ledger
 from torchtrim._operators import (
     Call,
     Flags,
@@ -68,12 +68,18 @@ def _layer_norm(call: Call) -> Sequence[Labels]:
     factors = merge(call, [operand(call, tensor) for tensor in (inputs, *vectors)], zero)
     axes = range(inputs.ndim - len(shape), inputs.ndim)
     if call.ledger.through_norms:
-        for axis, size in zip(axes, shape, strict=True):
-            for factor in (one for one in factors if one.varies(axis)):
-                call.ledger.note_size(call.where, axis, size, factor.atoms, tuple(shape), axis - axes[0])
+        note_normalized(call.ledger, call.where, factors, inputs.ndim, shape)
     else:
         factors = call.fix_axes(factors, axes, "normalised over")
     return [Labels(tuple(factors)), *(UNKNOWN for _ in call.result[1:])]
+
+
+def note_normalized(ledger: Ledger, where: str, factors: Iterable[Factor], ndim: int, shape: Sequence[int]) -> None:
+    """A norm was told the sizes of the last axes, which are an attribute of its module."""
+    first = ndim - len(shape)
+    for factor in factors:
+        for axis in (axis for axis in factor.axes() if axis >= first):
+            ledger.note_size(where, axis, shape[axis - first], factor.atoms, tuple(shape), axis - first)
 
 
 @ROWS.of("native_group_norm")
