@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torchtrim
-from torchtrim._graph import trial
 from torchtrim._lenet import LeNet
+from torchtrim._trial import trial
 from torchtrim.errors import TraceError
 from toys import TOYS, Net
 

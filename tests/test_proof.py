@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 import torchtrim
 import torchtrim._graph
+from torchtrim import _trial
 from torchtrim._copies import named_tensors, rebuild
-from torchtrim._graph import trial
 from torchtrim._lenet import LeNet
 from torchtrim._neurons import Kept, NeuronGraph, cut, silence
 from torchtrim._proof import prove
 from torchtrim._surgery_attributes import set_attributes
+from torchtrim._trial import trial
 from toys import TOYS, Net
 
 EXAMPLE = torch.randn(2, 1, 28, 28)
@@ -30,7 +31,7 @@ def trimmed(model: nn.Module, graph: NeuronGraph, kept: Kept, **replaced: Tensor
 def failure(model: nn.Module, graph: NeuronGraph, small: nn.Module, kept: Kept) -> tuple[set[int], str]:
     found = prove(model, graph, small, kept)
     assert found is not None
-    return found
+    return found.blamed, found.reason
 
 
 def test_a_right_cut_is_proved() -> None:
@@ -214,9 +215,9 @@ def test_many_faults_are_found_in_one_pass() -> None:
     model = Net(forward, {"a": nn.Linear(3, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 8), "d": nn.Linear(8, 8),
                           "out": nn.Linear(8, 2)})  # fmt: skip
     tries: list[object] = []
-    original = torchtrim._graph._try
+    original = _trial._try
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchtrim._graph, "_try", lambda *a: (tries.append(a), original(*a))[1])
+        patch.setattr(_trial, "_try", lambda *a: (tries.append(a), original(*a))[1])
         graph = torchtrim.trace(model, torch.zeros(2, 3))
     assert set(graph.locked) == {"a", "b", "c", "out"}
     assert len(tries) == 2

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import torchtrim
 from torchtrim import Plan
@@ -970,6 +971,19 @@ def _(net, x):
      out=linear(6, 3))  # fmt: skip
 def _(net, x):
     return net.out(x + net.b(net.a(x.transpose(1, 2)).relu()).transpose(1, 2))
+
+
+@toy("spectral norm", VECTORS, "c", {"a": "normed together", "b": "normed together"}, a=linear(6, 8),
+     b=lambda: parametrizations.spectral_norm(nn.Linear(8, 8)), c=linear(8, 8),
+     out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    return net.out(net.c(net.b(net.a(x).relu()).relu()).relu())
+
+
+@toy("spectral norm by a hook", VECTORS, "c", {"a": "normed together", "b": "normed together"}, a=linear(6, 8),
+     b=lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), c=linear(8, 8), out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    return net.out(net.c(net.b(net.a(x).relu()).relu()).relu())
 
 
 # ------------------------------------------------------------------ what cannot be known

@@ -51,7 +51,7 @@ def rebuild(model: nn.Module, replace: Mapping[str, Tensor]) -> nn.Module:
         new = replace[name]
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         vars(memo[id(old)]).update(vars(old))  # marks that users leave on parameters, such as `no_weight_decay`
-    return compacted(_copied(model, memo))
+    return _copied(model, memo)
 
 
 def compacted(model: nn.Module) -> nn.Module:

@@ -1,26 +1,18 @@
-"""Run a model once and carry labels through its operators.
+"""Carry labels from operator to operator while a model runs."""
 
-Works on a copy whose tensors are replaced (`rebuild`), on the meta device where the model allows, so that the user's
-model is never touched and no arithmetic is done.
-"""
-
-from collections.abc import Generator, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrim import _operators, _operators_products, _operators_shapes, _operators_statistics
 from torchtrim._activations import ACTIVATIONS, RECURRENT, Kind, kind_of
-from torchtrim._copies import call_arguments, named_modules, named_tensors
 from torchtrim._labels import UNKNOWN, Atoms, Factor, Labels, Ledger, Shape
-from torchtrim._marks import SMALL, Mark, Memory, computed, labels_of, mark_of, memory_among, origin_of, value_of
+from torchtrim._marks import Mark, Memory, computed, labels_of, mark_of, memory_among, origin_of, value_of
 from torchtrim._numbers import constants_of, held_by_code
 from torchtrim._operators import (
     FACTORIES,
@@ -33,7 +25,6 @@ from torchtrim._operators import (
     unknown,
 )
 from torchtrim._origins import VIEWS, Look, Origin, seen_through
-from torchtrim.errors import TraceError
 
 TABLE = Table(_operators.ROWS | _operators_products.ROWS | _operators_shapes.ROWS | _operators_statistics.ROWS)
 
@@ -181,14 +172,16 @@ class Flow(TorchDispatchMode):
                 self.ledger.pin(factor.atoms.ravel(), call.reason("it would lose everything: read"))
         return labels.with_factors(factor for factor in labels.factors if factor.atoms.size > 1)
 
-    def finish(self, outputs: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
-        """Pin what the model returns, and leave out of account what was computed for nothing.
+    def finish(self, returned: Sequence[tuple[Tensor, str]], kept: Sequence[Tensor]) -> None:
+        """Pin what the model returns, each for its reason, and leave out of account what was computed for nothing.
 
         kept: what its modules hold on to, which a later call may read.
         """
+        outputs = [output for output, _ in returned]
         read = [self.read(output) for output in outputs]
-        for factor in (factor for one in read for factor in one.factors):
-            self.ledger.pin(factor.atoms.ravel(), IS_OUTPUT)
+        for one, (_, reason) in zip(read, returned, strict=True):
+            for factor in one.factors:
+                self.ledger.pin(factor.atoms.ravel(), reason)
         seen = tuple((tuple(output.shape), one) for output, one in zip(outputs, read, strict=True))
         self.steps.append(Step(OUTPUT, "", (), seen, tuple(origin_of(output) for output in outputs)))
         live = {index for index, step in enumerate(self.steps) if step.live or step.name == OUTPUT}
@@ -277,150 +270,3 @@ def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
     values = {a.name: value for a, value in zip(function._schema.arguments, args, strict=False)} | kwargs
     mutable = (a.name for a in function._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
     return tensors(values[name] for name in mutable if name in values)
-
-
-# Functions that make a tensor of Python's data, which on the meta device would be lost.
-_MAKERS = frozenset([torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor, Tensor.new])
-
-
-_INDEXERS = frozenset([Tensor.__getitem__, Tensor.__setitem__])
-_RMS_NORMS = frozenset([torch.rms_norm, F.rms_norm])
-_DATA = Tensor.data
-# Functions that hand the data of a tensor to Python.
-_READERS = frozenset([Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__])
-
-
-class _Data(TorchFunctionMode):
-    """Notes the numbers of which the model's code makes tensors, and the tensors of which it makes numbers."""
-
-    def __init__(self, flow: Flow) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _MAKERS:
-            numbers = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, (int, float)))
-            where = self.flow.where[-1] if self.flow.where else ""
-            self.flow.steps.append(Step("data", where, numbers))
-        elif func in _INDEXERS:  # lists and ranges, of which PyTorch makes tensors unseen
-            places = [one for one in pytree.tree_leaves(args[1:2]) if isinstance(one, range)]
-            lists = args[1] if isinstance(args[1], tuple) else args[1:2]
-            numbers = [leaf for one in lists if isinstance(one, list) for leaf in pytree.tree_leaves(one)]
-            numbers += [number for place in places for number in place]
-            if numbers:
-                where = self.flow.where[-1] if self.flow.where else ""
-                constants = tuple(one for one in numbers if isinstance(one, (int, float)))
-                self.flow.steps.append(Step("data", where, constants))
-        elif func in _RMS_NORMS:  # made of other operators, which do not hear of the shape that it is told
-            where = self.flow.where[-1] if self.flow.where else ""
-            factors = self.flow.read(args[0]).factors
-            _operators_statistics.note_normalized(self.flow.ledger, where, factors, args[0].ndim, args[1])
-        elif func in _READERS:
-            labels = self.flow.read(args[0])
-            for factor in labels.factors:
-                self.flow.ledger.pin(factor.atoms.ravel(), "its data leave PyTorch")
-            seen = ((tuple(args[0].shape), labels),)
-            self.flow.steps.append(Step("data", "", (), seen, (origin_of(args[0]),)))
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "__self__", None) is _DATA and isinstance(result, Tensor):  # `.data`, which no operator makes
-            self.flow.mark(result, self.flow.read(args[0]), origin_of(args[0]), memory_among(args[0], [args[0]]))
-        return result
-
-
-def run(
-    model: nn.Module,
-    example: Any,
-    labels: Mapping[str, Labels],
-    ledger: Ledger,
-    *,
-    training: bool,
-    device: str,
-) -> Flow:
-    """Run a rebuilt model under a `Flow`; its outputs are pinned. Raises `RunError` where the model raises."""
-    flow = Flow(ledger)
-    flow.modules = named_modules(model)
-    for name, tensor in named_tensors(model).items():
-        if name in labels:
-            flow.mark(tensor, labels[name], Origin((name, 0)))
-    args, kwargs = pytree.tree_map(
-        lambda value: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value,
-        call_arguments(example),
-    )
-    given = tensors(pytree.tree_leaves(call_arguments(example)))
-    for index, tensor in enumerate(tensors(pytree.tree_leaves((args, kwargs)))):
-        value = given[index].detach().cpu() if tensor.is_meta and not given[index].is_meta else None
-        known = value if value is not None and value.numel() <= SMALL else None
-        flow.mark(tensor, UNKNOWN, Origin(("an input", index)), value=known)
-    model.train(training)
-    devices = [] if torch.device(device).type in ("cpu", "meta") else [device]
-    try:
-        with _located(model, flow), _unfused(), torch.random.fork_rng(devices), torch.no_grad(), flow, _Data(flow):
-            outputs = model(*args, **kwargs)
-    except Exception as error:
-        raise RunError(flow, error) from error
-    held = [vars(module).items() for module in model.modules()]
-    kept = tensors(value for some in held for name, value in some if name not in ("_parameters", "_buffers"))
-    flow.finish(_outputs(outputs, set()), kept)
-    return flow
-
-
-class RunError(TraceError):
-    """The model failed under a flow; `flow.blamed` are the labels at the failing operator."""
-
-    def __init__(self, flow: Flow, error: Exception) -> None:
-        lines = str(error).splitlines()
-        super().__init__(f"{type(error).__name__}: {lines[0] if lines else error}")
-        self.flow = flow
-        self.where = next((name for name in reversed(flow.where) if name), "the model itself")
-
-
-@contextmanager
-def _located(model: nn.Module, flow: Flow) -> Generator[None]:
-    """Tell the flow which module is running. What has raised is not left, so that the error can say where it was."""
-    with ExitStack() as handles:
-        for name, module in named_modules(model).items():
-            handles.enter_context(module.register_forward_pre_hook(lambda *_, name=name: flow.where.append(name)))
-            handles.enter_context(module.register_forward_hook(lambda *_: _ignore(flow.where.pop())))
-        yield
-
-
-def _ignore(_: Any) -> None:
-    """A hook that returns something would replace the module's output."""
-
-
-@contextmanager
-def _unfused() -> Generator[None]:
-    """PyTorch's fused transformer layers hide their operators in one."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def _outputs(value: Any, seen: set[int]) -> list[Tensor]:
-    """All tensors in what a model returns, in containers and objects of any kind."""
-    found: list[Tensor] = []
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif id(leaf) not in seen and not isinstance(leaf, (type, nn.Module)):
-            seen.add(id(leaf))
-            found += _outputs(_parts(leaf), seen)
-    return found
-
-
-def _parts(value: Any) -> list[Any]:
-    """What an object that is no plain container holds."""
-    if isinstance(value, Iterator):
-        raise TraceError("the model returns an iterator, whose outputs cannot be seen; expected tensors: return a list")
-    if isinstance(value, Mapping):
-        return [*value.keys(), *value.values()]
-    if isinstance(value, Set):
-        return sorted(value, key=lambda one: str(origin_of(one).source) if isinstance(one, Tensor) else "")
-    slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
-    names = [name for some in slots for name in ((some,) if isinstance(some, str) else some)]
-    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in names)]

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchtrim._copies import named_tensors, rebuild
-from torchtrim._flow import Flow, RunError, run
+from torchtrim._copies import named_tensors
+from torchtrim._flow import Flow
 from torchtrim._labels import Atoms, Labels, Ledger
-from torchtrim._neurons import Description, Kept, Layer, NeuronGraph, cut, memory_of
-from torchtrim._proof import Failure, numbered, on_device, prove
-from torchtrim._surgery_attributes import descriptions, set_attributes
+from torchtrim._neurons import Layer, NeuronGraph, group_of, memory_of
+from torchtrim._proof import numbered, on_device
+from torchtrim._run import RunError, run
+from torchtrim._surgery_attributes import descriptions
+from torchtrim._trial import tried
 from torchtrim.errors import TraceError
 
-__all__ = ["Layer", "NeuronGraph", "trace", "trial"]
+__all__ = ["Layer", "NeuronGraph", "trace"]
 
 _WEIGHTS = (".weight", ".weight_v", ".weight_orig")  # the latter two where `weight_norm` or `prune` compute the weight
 
@@ -68,83 +70,11 @@ def untried(model: nn.Module, example: Any, *, through_norms: bool = False) -> N
     recordings = tuple((training, tuple(one.steps)) for training, one in flows)
     owners = _owners(axes, [atoms for _, one in flows for atoms in one.produced])
     described = tuple(descriptions(model, ledger, root))
-    sites = tuple(flow.sites)
+    sites, sizes = tuple(flow.sites), tuple(ledger.sizes)
     graph = NeuronGraph(
-        {}, rooted, axes, device, recordings, sites, root, example, trained_on, described, through_norms
+        {}, rooted, axes, device, recordings, sites, root, example, trained_on, described, sizes, through_norms
     )
     return replace(graph, layers=_layers(owners, rooted, pinned))
-
-
-def tried(model: nn.Module, graph: NeuronGraph) -> NeuronGraph:
-    """The graph in which all is locked that a trial cut shows to be no good."""
-    doubts = _doubts(model, graph)
-    while (failure := _try(model, graph)) is not None:
-        while failure is not None and doubts:
-            other = _with_meaning(model, graph, *doubts.pop())
-            again = _try(model, other)
-            if again is None or len(again[0]) < len(failure[0]):
-                graph, failure = other, again
-        if failure is not None:
-            graph = _lock(graph, *failure)
-    return graph
-
-
-_Meaning = tuple[
-    type[nn.Module], str, int | None
-]  # a class, an attribute, which of its sizes it is; None: of no neurons
-
-
-def _doubts(model: nn.Module, graph: NeuronGraph) -> list[_Meaning]:
-    """What else an attribute may mean, by the class of its module: its value is also the size of other axes."""
-    found: dict[tuple[str, str, int | None], list[Description]] = {}
-    for one in graph.descriptions:
-        found.setdefault((one.module, one.attribute, one.index), []).append(one)
-    doubts: list[_Meaning] = []
-    for (name, attribute, _), several in found.items():
-        kind, meanings = type(model.get_submodule(name)), {one.line for one in several if not one.fixed}
-        if meanings and any(one.fixed for one in several):
-            doubts.append((kind, attribute, None))
-        if len(meanings) > 1:
-            doubts += [(kind, attribute, place) for place in range(len(meanings))]
-    return list(dict.fromkeys(doubts))
-
-
-def _with_meaning(
-    model: nn.Module, graph: NeuronGraph, kind: type[nn.Module], attribute: str, place: int | None
-) -> NeuronGraph:
-    """The graph in which an attribute of modules of a class means one of its sizes, in the order of execution.
-
-    In a module that has fewer, it means the last.
-    """
-    doubtful = [d for d in graph.descriptions if d.attribute == attribute]
-    doubtful = [d for d in doubtful if type(model.get_submodule(d.module)) is kind]
-    lines: dict[tuple[str, int | None], dict[bytes, None]] = {}
-    for one in doubtful:
-        if place is not None and not one.fixed:
-            lines.setdefault((one.module, one.index), {})[one.line] = None
-    meant = {key: list(several)[: place + 1][-1] for key, several in lines.items() if place is not None}
-    dropped = {id(d) for d in doubtful if d.fixed or meant.get((d.module, d.index)) != d.line}
-    return replace(graph, descriptions=tuple(d for d in graph.descriptions if id(d) not in dropped))
-
-
-def _lock(graph: NeuronGraph, blamed: set[int], reason: str) -> NeuronGraph:
-    """The graph in which these roots cannot go."""
-    layers: dict[str, Layer] = {}
-    groups: dict[int, str] = {}
-    for name, layer in graph.layers.items():
-        removable = layer.removable & ~np.isin(layer.roots, list(blamed))
-        locked = layer.locked or (None if removable.any() else reason)
-        group = _group(name, layer.roots[removable], groups)
-        layers[name] = replace(layer, removable=removable, locked=locked, group=group)
-    return replace(graph, layers=layers)
-
-
-def _group(name: str, free: Atoms, groups: dict[int, str]) -> str:
-    """The group of a layer, by the first layer that has a free root in common; notes it for those that follow."""
-    group = next((groups[value] for value in free.tolist() if value in groups), name)
-    for value in free.tolist():
-        groups.setdefault(value, group)
-    return group
 
 
 def _number(sources: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Atoms, ...]], int]:
@@ -252,59 +182,7 @@ def _layers(
     for owner in owners:
         roots = axes[owner.parameter][owner.axis]
         removable = np.array([int(value) not in pinned for value in roots])
-        group = _group(owner.name, roots[removable], groups)
+        group = group_of(owner.name, roots[removable], groups)
         reason = None if removable.any() else pinned[int(roots[0])]
         layers[owner.name] = Layer(owner.name, owner.parameter, owner.axis, roots, removable, group, reason)
     return layers
-
-
-def trial(graph: NeuronGraph) -> Kept:
-    """A third of every group's neurons removed at random, one at least. Every axis keeps two, or one of two.
-
-    A single neuron has no label of its own to compare where it is joined to others.
-    """
-    random = np.random.default_rng(0)
-    kept = np.ones(len(graph.root), bool)
-    groups: dict[str, set[int]] = {}
-    for layer in graph.layers.values():
-        if not layer.locked:
-            groups.setdefault(layer.group, set()).update(layer.roots[layer.removable].tolist())
-    for units in groups.values():
-        ordered = np.array(sorted(units))
-        kept[random.choice(ordered, max(1, len(ordered) * 3 // 10), replace=False)] = False
-    for roots in (roots for per_axis in graph.axes.values() for roots in per_axis):
-        bodies = np.unique(roots)
-        gone = bodies[~kept[bodies]]
-        least = min(2, bodies.size - 1)
-        if roots.size > 1 and bodies.size - gone.size < least:
-            kept[gone[: least - (bodies.size - gone.size)]] = True
-    return kept
-
-
-def _try(model: nn.Module, graph: NeuronGraph) -> Failure | None:
-    """Prove the trial. A failure that blames nobody locks the groups that fail alone too, or else everything."""
-    kept = trial(graph)
-    light = {name: tensor.detach().to(graph.device) for name, tensor in named_tensors(model).items()}
-    failure = None if kept.all() else attempt(model, graph, kept, light)[1]
-    if failure is None or failure[0]:
-        return failure
-    groups: dict[str, set[int]] = {}
-    for layer in graph.layers.values():
-        groups.setdefault(layer.group, set()).update(layer.roots.tolist())
-    blamed: set[int] = set()
-    for roots in groups.values():
-        alone = np.ones(len(kept), bool)
-        alone[list(roots)] = kept[list(roots)]
-        if not alone.all() and attempt(model, graph, alone, light)[1] is not None:
-            blamed |= roots
-    return blamed or set().union(*groups.values()), failure[1]
-
-
-def attempt(
-    model: nn.Module, graph: NeuronGraph, kept: Kept, sources: Mapping[str, Tensor]
-) -> tuple[nn.Module, Failure | None]:
-    """The model of which only this is kept, cut out of these tensors, and what is wrong with it."""
-    tensors = cut(graph, sources, kept)
-    trimmed = rebuild(model, tensors)
-    set_attributes(model, trimmed, graph, kept)
-    return trimmed, prove(model, graph, trimmed, kept, tensors)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchtrim._flow import RunError
 from torchtrim._graph import trace
 from torchtrim._inputs import FORM, Input, example_of, listed, parse_inputs, usual_inputs
 from torchtrim._models import PRETRAINED, build_model, check_model_name, load_weights
 from torchtrim._neurons import Layer, NeuronGraph, aligned, layer_sites, neurons_of, operators
 from torchtrim._reach import Reach, reach
 from torchtrim._report import short_count
+from torchtrim._run import RunError
 from torchtrim._source import device_named
 from torchtrim.errors import TorchtrimError, TraceError
 

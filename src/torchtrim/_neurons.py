@@ -13,9 +13,9 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
-from torchtrim._copies import named_tensors, rebuild
+from torchtrim._copies import compacted, named_tensors, rebuild
 from torchtrim._flow import Site, Step
-from torchtrim._labels import Atoms, Ledger
+from torchtrim._labels import Atoms, Ledger, Size
 
 Kept = NDArray[np.bool_]  # for each root, whether it stays
 
@@ -74,7 +74,7 @@ class NeuronGraph:
     """What `trace` found. `layers` in the order of execution; tied layers share a `group` (its first layer's name).
 
     `axes`: the roots of every axis of every tensor; `atoms`: the atoms that these are the roots of.
-    `through_norms`: whether what norms average over may go.
+    `sizes`: what the modules' own code gave to labelled axes. `through_norms`: whether what norms average over may go.
     """
 
     layers: Mapping[str, Layer]
@@ -87,6 +87,7 @@ class NeuronGraph:
     example: Any
     training_example: Any
     descriptions: tuple[Description, ...] = ()
+    sizes: tuple[Size, ...] = ()
     through_norms: bool = False
 
     @property
@@ -118,6 +119,14 @@ class NeuronGraph:
         neurons = sum(layer.width for layer in self.layers.values())
         trimmable = len(self.layers) - len(self.locked)
         return f"NeuronGraph({len(self.layers):,} layers, {trimmable:,} trimmable, {neurons:,} neurons)"
+
+
+def group_of(name: str, free: Atoms, groups: dict[int, str]) -> str:
+    """The group of a layer, by the first layer that has a free root in common; notes it for those that follow."""
+    group = next((groups[value] for value in free.tolist() if value in groups), name)
+    for value in free.tolist():
+        groups.setdefault(value, group)
+    return group
 
 
 def neurons_of(layer: Layer) -> tuple[str, str]:
@@ -207,7 +216,7 @@ def silence(model: nn.Module, graph: NeuronGraph, kept: Kept) -> nn.Module:
                 # a direction has no zero; its length, which is a parameter of its own, is silenced instead
                 value = 1 if directions.get(name) == axis else 0
                 parameter.data.index_fill_(axis, torch.from_numpy(gone).to(parameter.device), value)
-    return silent
+    return compacted(silent)
 
 
 def _directions(model: nn.Module) -> dict[str, int]:

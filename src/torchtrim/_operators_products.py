@@ -85,12 +85,21 @@ def _bmm(call: Call) -> Labels:
 
 @ROWS.of("mv")
 def _mv(call: Call) -> Labels:
-    return _product(call, call.args[0], call.args[1], _VECTOR)
+    left, right = (call.labels_of(one) for one in call.args[:2])
+    if not (left.static and right.static):
+        return _product(call, call.args[0], call.args[1], _VECTOR)
+    # spectral norm tells the length of a weight so
+    call.fix_axes(right.factors, [0], NORM)
+    return Labels(tuple(squeezed(call.fix_axes(left.factors, [1], NORM), [1])), static=True)
 
 
-@ROWS.of("dot")
+@ROWS.of("dot", "vdot")
 def _dot(call: Call) -> Labels:
-    return _product(call, call.args[0], call.args[1], [(0, 0)])
+    left, right = (call.labels_of(one) for one in call.args[:2])
+    if not (left.static and right.static):
+        return _product(call, call.args[0], call.args[1], [(0, 0)])
+    call.fix_axes([*left.factors, *right.factors], [0], NORM)
+    return Labels(static=True)
 
 
 @ROWS.of("addmm")

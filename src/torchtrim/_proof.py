@@ -8,7 +8,7 @@ demanded of the labels was settled by the trace, so that equal labels mean equal
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +16,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from torchtrim._attention import generalise
-from torchtrim._copies import named_tensors, rebuild
-from torchtrim._flow import OUTPUT, RunError, Step, run
+from torchtrim._copies import compacted, named_tensors, rebuild
+from torchtrim._flow import OUTPUT, Step
 from torchtrim._labels import Atoms, Factor, Labels, Ledger, Shape, canonical
 from torchtrim._neurons import Kept, NeuronGraph, cut, memory_of, silence
 from torchtrim._origins import Look, Piece
+from torchtrim._run import RunError, run
 
-Failure = tuple[set[int], str]  # the roots to blame, and why
+
+class Failure(NamedTuple):
+    """The roots to blame, and why. `where`: the module whose own code failed, if it was that.
+
+    `reached`: how many operators ran.
+    """
+
+    blamed: set[int]
+    reason: str
+    where: str | None = None
+    reached: int = 0
 
 
 def prove(
@@ -37,19 +48,23 @@ def prove(
         return misplaced
     settled = _settled(graph)
     labels = numbered(model, _left(graph, kept))
+    reached = 0
     for training, steps, demands in _references(model, graph, kept):
         broken = demands.broken_by(kept[graph.root])
         if broken.size:
-            return _cut_layers(graph, kept, set(graph.root[broken].tolist())), "its data decides what goes together"
+            return Failure(
+                _cut_layers(graph, kept, set(graph.root[broken].tolist())), "its data decides what goes together"
+            )
         try:
             example = graph.training_example if training else graph.example
             flow = run(on_device(trimmed, graph.device), example, labels, graph.ledger(settled), training=training,
                        device=graph.device)  # fmt: skip
         except RunError as error:
-            return _blame_error(graph, kept, steps, error)
+            return _blame_error(graph, kept, steps, error)._replace(reached=reached + len(error.flow.steps))
+        reached += len(flow.steps)
         failure = _compare_steps(graph, kept, settled, steps, flow.steps)
         if failure is not None:
-            return failure
+            return failure._replace(reached=reached)
     return None
 
 
@@ -63,14 +78,14 @@ def _misplaced(graph: NeuronGraph, trimmed: nn.Module, kept: Kept, originals: Ma
             equal = torch.equal(found, expected) or torch.equal(found.nan_to_num(), expected.nan_to_num())
         if not equal:
             roots = {value for axis in graph.axes[name] for value in axis.tolist()}
-            return _cut_layers(graph, kept, roots), f"{name} is not the original without the removed neurons"
+            return Failure(_cut_layers(graph, kept, roots), f"{name} is not the original without the removed neurons")
     return None
 
 
 def on_device(model: nn.Module, device: str) -> nn.Module:
     """A copy to run under labels."""
     tensors = {n: t.detach().to(device, copy=device != "meta") for n, t in named_tensors(model).items()}
-    return generalise(rebuild(model, tensors))
+    return compacted(generalise(rebuild(model, tensors)))
 
 
 def numbered(model: nn.Module, axes: Mapping[str, tuple[Atoms, ...]]) -> dict[str, Labels]:
@@ -139,7 +154,7 @@ def _compare_steps(
             reason = reason or f"what is read depends on the width at {_place(step)}"
         if found is not None:
             blamed |= _cut_layers(graph, kept, found)
-    return (blamed, reason) if reason else None
+    return Failure(blamed, reason) if reason else None
 
 
 def _place(step: Step) -> str:
@@ -166,7 +181,7 @@ def _blame_error(graph: NeuronGraph, kept: Kept, steps: Sequence[Step], error: R
     if not blamed:
         position = min(len(error.flow.steps), len(steps) - 1)
         blamed = _cut_layers(graph, kept, _roots(graph, (labels for _, labels in steps[position].tensors)))
-    return blamed, f"the model's own code in {error.where} holds its width ({error})"
+    return Failure(blamed, f"the model's own code in {error.where} holds its width ({error})", error.module)
 
 
 def _roots(graph: NeuronGraph, labels: Iterable[Labels]) -> set[int]:

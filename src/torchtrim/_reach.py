@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchtrim._copies import named_tensors
-from torchtrim._flow import IS_OUTPUT, run
+from torchtrim._flow import IS_OUTPUT
 from torchtrim._labels import Ledger
 from torchtrim._neurons import NeuronGraph
 from torchtrim._proof import on_device
+from torchtrim._run import run
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from torchtrim._data import Data, load_data
-from torchtrim._flow import RunError
 from torchtrim._graph import NeuronGraph, trace
 from torchtrim._models import PRETRAINED, build_model, check_model_name, load_weights, needs_weights
+from torchtrim._run import RunError
 from torchtrim._training import check_logits
 from torchtrim.errors import ModelError, TorchtrimError, TraceError
 

@@ -7,10 +7,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from torchtrim._copies import compacted, named_tensors
-from torchtrim._graph import attempt, tried, untried
+from torchtrim._graph import untried
 from torchtrim._history import remember
 from torchtrim._neurons import Kept, NeuronGraph, memory_of, silence
 from torchtrim._plan import LayerPlan, Plan
+from torchtrim._trial import attempt, tried
 from torchtrim.errors import PlanError, TorchtrimWarning
 
 
@@ -69,7 +70,7 @@ def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, N
     while failure is not None:
         trimmed, failure = attempt(model, graph, kept, named_tensors(model))
         if failure is not None:
-            blamed, reason = failure
+            blamed, reason = failure.blamed, failure.reason
             names = [name for name, layer in graph.layers.items() if blamed & set(layer.roots.tolist())]
             left = ", ".join(names) or "everything"
             warnings.warn(f"left untrimmed: {left}: {reason}", TorchtrimWarning, stacklevel=3)

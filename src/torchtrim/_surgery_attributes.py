@@ -43,11 +43,12 @@ def _places(module: nn.Module, size: Size) -> Iterator[tuple[str, int | None]]:
         return
     if type(module).__module__.startswith("torch.nn."):
         return
-    for name, value in vars(module).items():
-        if size.pieces and is_sizes(value, size.pieces):
-            yield name, size.index
-        elif type(value) is int and value == size.size and any(word in name.lower() for word in _WORDS):
-            yield name, None
+    if size.pieces:
+        yield from ((name, size.index) for name, value in vars(module).items() if is_sizes(value, size.pieces))
+    equal = [name for name, value in vars(module).items() if type(value) is int and value == size.size]
+    named = [name for name in equal if any(word in name.lower() for word in _WORDS)]
+    # a piece is as long as code says; what a view makes of an axis may be what is left over
+    yield from ((name, None) for name in named or (equal if size.pieces else ()))
 
 
 def set_attributes(model: nn.Module, trimmed: nn.Module, graph: NeuronGraph, kept: Kept) -> None:
