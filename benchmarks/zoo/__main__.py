@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,16 @@ def _changed(options: argparse.Namespace) -> list[str]:
 
 def examine(name: str, seconds: float, gibibytes: float, device: str = "cpu") -> dict[str, Any]:
     """What a process of its own finds of a model, within limits of time and memory."""
-    command = [sys.executable, "-m", "benchmarks.zoo.examine", name, str(gibibytes), device]
+    record, error = last_record([sys.executable, "-m", "benchmarks.zoo.examine", name, str(gibibytes), device], seconds)
+    return (
+        {"name": name, "status": "failed", "stage": "start"}
+        | record
+        | ({"status": "failed", "error": error} if error else {})
+    )
+
+
+def last_record(command: Sequence[str], seconds: float) -> tuple[dict[str, Any], str]:
+    """The last line of JSON that a process prints within a limit of time, and what ended it early, if anything did."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
         lines, errors, status = run.stdout, run.stderr, run.returncode
@@ -63,13 +73,11 @@ def examine(name: str, seconds: float, gibibytes: float, device: str = "cpu") ->
         output = expired.stdout or b""
         lines, errors, status = output.decode() if isinstance(output, bytes) else output, "", None
     whole = [line for line in lines.splitlines() if line.startswith("{") and line.endswith("}")]
-    record: dict[str, Any] = json.loads(whole[-1]) if whole else {"name": name, "status": "failed", "stage": "start"}
+    record: dict[str, Any] = json.loads(whole[-1]) if whole else {}
     if status is None:
-        record |= {"status": "failed", "error": f"took longer than {seconds:g} s"}
-    elif status:
-        last = errors.strip().splitlines()
-        record |= {"status": "failed", "error": f"ended with status {status}: {last[-1] if last else ''}"[:400]}
-    return record
+        return record, f"took longer than {seconds:g} s"
+    last = errors.strip().splitlines()
+    return record, f"ended with status {status}: {last[-1] if last else ''}"[:400] if status else ""
 
 
 class Results:
