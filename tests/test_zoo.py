@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.zoo import examine
 from benchmarks.zoo.__main__ import Results, main
-from benchmarks.zoo.models import Specimen, families
+from benchmarks.zoo.models import LIBRARIES, Specimen, families
 from benchmarks.zoo.report import page
 
 pytest.importorskip("timm")
@@ -122,6 +122,18 @@ def test_every_model_has_one_name_and_a_family() -> None:
     pytest.importorskip("transformers")
     found = families()
     assert len(found) > 250
-    assert {name.partition(":")[0] for name in found} == {"torchvision", "timm", "transformers"}
+    assert {name.partition(":")[0] for name in found} == set(LIBRARIES)
     with pytest.raises(SystemExit):
         main(["--only", "timm:nothing"])
+
+
+def test_a_library_that_is_not_installed_is_left_out_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.zoo.__main__.installed", lambda library: library == "torchvision")
+    out = tmp_path / "zoo.md"
+    with pytest.raises(SystemExit):
+        main(["--only", "ultralytics:yolov8n", "--out", str(out)])
+    assert "ultralytics is not installed, and its models are left out" in capsys.readouterr().out
+    main(["--family", "ultralytics", "--out", str(out)])
+    assert "| all |" not in out.read_text()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.zoo.models import LIBRARIES, families
+from benchmarks.zoo.models import LIBRARIES, families, installed
 from benchmarks.zoo.report import page
 from torchtrim._files import write_whole
 
@@ -27,7 +27,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="models at a time (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="where the models compute, cpu or cuda (default %(default)s)")
     options = parser.parse_args(arguments)
-    found = families(LIBRARIES if options.family == "all" else (options.family,))
+    chosen = LIBRARIES if options.family == "all" else (options.family,)
+    for library in (absent := [one for one in chosen if not installed(one)]):
+        print(f"{library} is not installed, and its models are left out", flush=True)
+    found = families(library for library in chosen if library not in absent)
     unknown = sorted(set(options.only or ()) - found.keys())
     if unknown:
         parser.error(f"no such model: {', '.join(unknown)}")

@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
-LIBRARIES = ("torchvision", "timm", "transformers")
+LIBRARIES = ("torchvision", "timm", "transformers", "ultralytics")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ def families(libraries: Iterable[str] = LIBRARIES) -> dict[str, str]:
         for library in libraries
         for architecture, family in _library(library).FAMILIES.items()
     }
+
+
+def installed(library: str) -> bool:
+    """Whether its models can be built here."""
+    return find_spec(library) is not None
 
 
 def _library(name: str) -> Any:
