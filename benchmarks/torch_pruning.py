@@ -47,10 +47,11 @@ MODELS = (
     "transformers:llama",
     "transformers:llama-grouped",
 )
-SIDES = ("torchtrim", "torch_pruning")
+_NAMES = {"torchtrim": "torchtrim", "torch_pruning": "Torch-Pruning"}
+SIDES = tuple(_NAMES)
 _CLASSES = 1000
 _SPARE = 3.0  # times what is timed, for what is not, and for a busy machine
-_BAR, _WORST = 2.0, 1 / 1.5
+_SLOWER = 1.5  # times as long as Torch-Pruning, from which on a model is named
 Record = dict[str, Any]
 
 
@@ -312,7 +313,7 @@ def page(records: Sequence[Record], command: str) -> str:
                 _summary(records),
                 table(head, [_row(record) for record in records]),
                 _errors(records),
-                f"Measured by `{command}` with torchtrim {torchtrim_version()}, Torch-Pruning "
+                f"Measured by `{command}` with torchtrim {version('torchtrim')}, Torch-Pruning "
                 f"{version('torch-pruning')}, PyTorch {torch.__version__.partition('+')[0]}, "
                 f"torchvision {version('torchvision').partition('+')[0]}, timm {version('timm')} and Transformers "
                 f"{version('transformers')}, on one thread of a machine with {os.cpu_count()} {platform.machine()} CPU "
@@ -342,25 +343,30 @@ it computes what it should was not checked. The two do not remove the same: para
 
 def _summary(records: Sequence[Record]) -> str:
     ratios = {record["name"]: value for record in records if (value := ratio(record)) is not None}
-    whole = {name: value for name, value in ratios.items() if not _theirs(records, name).get("forward")}
-    no_end = sum("no end" in record["sides"]["torch_pruning"].get("error", "") for record in records)
-    failed = sum("error" in record["sides"]["torch_pruning"] for record in records) - no_end
-    lines = [
-        f"{len(records)} models. Torch-Pruning came to an end on {len(ratios)}, and what it left runs on {len(whole)}; "
-        f"it found no end on {no_end} and raised on {failed}."
-    ]
-    for what, some in (("where both came to an end", ratios), ("where its result also runs", whole)):
-        if some:
-            lowest = min(some, key=lambda name: some[name])
-            lines.append(
-                f"Torch-Pruning took **{statistics.median(some.values()):.2f} times** as long as torchtrim in the "
-                f"median {what}; at least {some[lowest]:.2f} times (`{lowest}`)."
-            )
+    lines = [f"{len(records)} models. {_ends(records, 'torchtrim')} {_ends(records, 'torch_pruning')}"]
     if ratios:
-        slower = [name for name, value in ratios.items() if value < _WORST]
-        lines.append(f"torchtrim was slower by more than a half on {len(slower)}: {', '.join(slower) or 'none'}.")
-        lines.append(_without_importance(records))
+        lowest, highest = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
+        slower = [name for name, value in ratios.items() if value < 1 / _SLOWER]
+        lines += [
+            f"Where both came to an end, Torch-Pruning took **{statistics.median(ratios.values()):.2f} times** as long "
+            f"as torchtrim in the median, from {ratios[lowest]:.2f} (`{lowest}`) to {ratios[highest]:.2f} "
+            f"(`{highest}`).",
+            f"torchtrim took more than {_SLOWER} times as long as Torch-Pruning on {len(slower)} of {len(ratios)}.",
+            _without_importance(records),
+        ]
     return "\n".join(lines)
+
+
+def _ends(records: Sequence[Record], side: str) -> str:
+    """How the runs of one of the two ended, in a sentence."""
+    found = [record["sides"][side] for record in records]
+    errors = [one["error"] for one in found if "error" in one]
+    late = sum("no end" in error for error in errors)
+    runs = sum(one.get("forward") == "" for one in found if "error" not in one)
+    return (
+        f"{_NAMES[side]} came to an end on {len(found) - len(errors)}, and what it left runs on {runs}; it found no "
+        f"end on {late} and raised on {len(errors) - late}."
+    )
 
 
 def _without_importance(records: Sequence[Record]) -> str:
@@ -371,10 +377,6 @@ def _without_importance(records: Sequence[Record]) -> str:
             ours, theirs = (statistics.median(seconds_of(record["sides"][side])) for side in SIDES)
             less.append((theirs - record["sides"]["torch_pruning"]["importance_s"]) / ours)
     return f"Without the time that the magnitudes take, the median would be {statistics.median(less):.2f}."
-
-
-def _theirs(records: Sequence[Record], name: str) -> Record:
-    return next(record for record in records if record["name"] == name)["sides"]["torch_pruning"]
 
 
 def _row(record: Record) -> tuple[str, ...]:
@@ -406,10 +408,6 @@ def _errors(records: Sequence[Record]) -> str:
     return "Errors:\n\n" + table(("model", "of", "what"), rows, left=3) if rows else "Neither raised an error."
 
 
-def torchtrim_version() -> str:
-    return version("torchtrim")
-
-
 # The command ------------------------------------------------------------------------------------------------
 
 
@@ -432,9 +430,15 @@ def main(arguments: list[str] | None = None) -> None:
         if name not in store.found:
             store.add(_apart(name, options))
             print(_row(store.found[name]), flush=True)
-    only = ["--only", *options.only] if options.only else []
-    command = " ".join(["python -m benchmarks.torch_pruning", *only])
+    command = " ".join(["python -m benchmarks.torch_pruning", *_changed(options, parser)])
     write_whole(options.out, page([store.found[name] for name in MODELS if name in store.found], command))
+
+
+def _changed(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """The options that decide what is found, where they are not the usual ones."""
+    only = ["--only", *options.only] if options.only else []
+    values = {key: getattr(options, key) for key in ("repeats", "seconds", "gibibytes")}
+    return [*only, *(f"--{key} {value:g}" for key, value in values.items() if value != parser.get_default(key))]
 
 
 def _apart(name: str, options: argparse.Namespace) -> Record:

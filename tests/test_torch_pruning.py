@@ -55,7 +55,9 @@ def test_what_finds_no_end_and_what_raises_is_told() -> None:
     assert comparison.ratio(found) is None
     text = comparison.page([found], "x")
     assert "no end within 0.5 s" in text
-    assert "it found no end on 1 and raised on 0" in text
+    assert (
+        "Torch-Pruning came to an end on 0, and what it left runs on 0; it found no end on 1 and raised on 0." in text
+    )
     failed = contest({"torchtrim": comparison.trim, "torch_pruning": broken})
     assert failed["sides"]["torch_pruning"]["error"] == "ValueError: no luck"
     assert len(failed["sides"]["torchtrim"]["times"]) == 3
@@ -70,7 +72,7 @@ def test_a_result_that_does_not_run_is_told() -> None:
     found = contest({"torchtrim": comparison.trim, "torch_pruning": halved})
     assert found["sides"]["torch_pruning"]["forward"].startswith("RuntimeError: mat1 and mat2")
     assert "an error in forward" in comparison.page([found], "x")
-    assert "came to an end on 1, and what it left runs on 0" in comparison.page([found], "x")
+    assert "Torch-Pruning came to an end on 1, and what it left runs on 0;" in comparison.page([found], "x")
 
 
 def test_the_first_run_does_not_count_where_others_followed() -> None:
@@ -88,8 +90,8 @@ def test_a_model_in_a_process_of_its_own_is_written_and_kept(
     comparison.main(arguments)
     assert "transformers:llama" in capsys.readouterr().out
     text = out.read_text()
-    assert "1 models. Torch-Pruning came to an end on 1" in text
-    assert "`python -m benchmarks.torch_pruning --only transformers:llama`" in text
+    assert "Torch-Pruning came to an end on 1, and what it left runs on 1;" in text
+    assert "`python -m benchmarks.torch_pruning --only transformers:llama --repeats 1`" in text
     comparison.main([*arguments, "--resume"])
     assert capsys.readouterr().out == ""
     assert out.read_text() == text
