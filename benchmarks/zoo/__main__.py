@@ -28,6 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="where the models compute, cpu or cuda (default %(default)s)")
     options = parser.parse_args(arguments)
     chosen = LIBRARIES if options.family == "all" else (options.family,)
+    if options.only:
+        chosen = [library for library in chosen if any(name.startswith(f"{library}:") for name in options.only)]
     for library in (absent := [one for one in chosen if not installed(one)]):
         print(f"{library} is not installed, and its models are left out", flush=True)
     found = families(library for library in chosen if library not in absent)
