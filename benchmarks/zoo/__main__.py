@@ -26,6 +26,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gibibytes", type=float, default=8, help="memory limit of a model (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="where the models compute, cpu or cuda (default %(default)s)")
+    parser.add_argument(
+        "--through-norms", action="store_true", help="trim what norms average over, compare without them"
+    )
     options = parser.parse_args(arguments)
     chosen = LIBRARIES if options.family == "all" else (options.family,)
     if options.only:
@@ -42,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def work(place: int) -> None:
         name = todo[place]
-        record = {"family": found[name], **examine(name, options.seconds, options.gibibytes, options.device)}
+        record = {"family": found[name], **examine(name, options)}
         store.add(record)
         print(f"{place + 1}/{len(todo)} {name}: {record['status']} {record.get('error', '')}".strip(), flush=True)
 
@@ -56,12 +59,15 @@ def _changed(options: argparse.Namespace) -> list[str]:
     """The options that decide what is found, where they are not the usual ones."""
     family = [] if options.family == "all" else ["--family", options.family]
     device = [] if options.device == "cpu" else ["--device", options.device]
-    return [*family, *device, *(["--only", *options.only] if options.only else [])]
+    norms = ["--through-norms"] if options.through_norms else []
+    return [*family, *device, *norms, *(["--only", *options.only] if options.only else [])]
 
 
-def examine(name: str, seconds: float, gibibytes: float, device: str = "cpu") -> dict[str, Any]:
+def examine(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a process of its own finds of a model, within limits of time and memory."""
-    record, error = last_record([sys.executable, "-m", "benchmarks.zoo.examine", name, str(gibibytes), device], seconds)
+    norms = ["through-norms"] if options.through_norms else []
+    command = [sys.executable, "-m", "benchmarks.zoo.examine", name, str(options.gibibytes), options.device, *norms]
+    record, error = last_record(command, options.seconds)
     return (
         {"name": name, "status": "failed", "stage": "start"}
         | record

@@ -1,4 +1,4 @@
-"""Examine one model in a process of its own: `python -m benchmarks.zoo.examine NAME GIBIBYTES DEVICE`.
+"""Examine one model in a process of its own: `python -m benchmarks.zoo.examine NAME GIBIBYTES DEVICE [through-norms]`.
 
 Prints what is known so far as a line of JSON after every stage, so that whoever ends this process still learns how far
 it came.
@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from torchtrim._copies import call_arguments, named_tensors
 from torchtrim._flow import IS_OUTPUT
 from torchtrim._neurons import NeuronGraph
 from torchtrim._proof import on_device
-from torchtrim.testing import random_plan
+from torchtrim.testing import WithoutNorms, random_plan
 
 RTOL = 1e-6
 SINGLE_RTOL = 1e-3  # for models whose own code insists on float32
@@ -41,10 +41,18 @@ _SOON = 5.0
 class Examination:
     """Everything that is tried with one model, stage by stage. `found`: what is known so far."""
 
-    def __init__(self, name: str, report: Callable[[Mapping[str, Any]], None], device: str = "cpu") -> None:
+    def __init__(
+        self,
+        name: str,
+        report: Callable[[Mapping[str, Any]], None],
+        device: str = "cpu",
+        *,
+        through_norms: bool = False,
+    ) -> None:
         self.found: dict[str, Any] = {"name": name, "status": "failed", "stage": "build"}
         self._report = report
         self._device = device
+        self._through_norms = through_norms
         self._start = time.perf_counter()
         self.rtol = RTOL
 
@@ -67,9 +75,13 @@ class Examination:
         floors: dict[str, float] = {}
         with suppress(Exception):  # a model may need data; first, since the first run of an operator loads its code
             floors["meta"] = floor(model, specimen, "meta")
-        graph, seconds = timed(lambda: torchtrim.trace(model, specimen.example))
+
+        def trace() -> NeuronGraph:
+            return torchtrim.trace(model, specimen.example, through_norms=self._through_norms)
+
+        graph, seconds = timed(trace)
         if seconds < _SOON:  # the first time, some of it went into loading code
-            graph, seconds = timed(lambda: torchtrim.trace(model, specimen.example))
+            graph, seconds = timed(trace)
         if graph.device not in floors:  # its code looks at values, which only the trace knows without data
             floors[graph.device] = floor(model, specimen, self._device)
         self.found |= {"trace_s": seconds, "device": graph.device, "floor_s": floors[graph.device]}
@@ -90,7 +102,8 @@ class Examination:
             warnings.simplefilter("ignore", TorchtrimWarning)
             silent = torchtrim.mask(model, plan, specimen.example)
         self._enter("compare")
-        self._compare(model, small, silent, specimen)
+        with WithoutNorms() if self._through_norms else nullcontext():
+            self._compare(model, small, silent, specimen)
         del silent
         self._enter("state_dict")
         self.found["state_dict"] = survives_state_dict(small, specimen.example)
@@ -366,7 +379,8 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False  # for models that insist on single precision
     warnings.simplefilter("ignore")
     torchtrim.trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), torch.zeros(2, 2))  # loads its code
-    Examination(name, lambda found: print(json.dumps(found), flush=True), device).run()
+    through_norms = sys.argv[4:] == ["through-norms"]
+    Examination(name, lambda found: print(json.dumps(found), flush=True), device, through_norms=through_norms).run()
 
 
 if __name__ == "__main__":

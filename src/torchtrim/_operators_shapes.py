@@ -301,8 +301,11 @@ def _index(call: Call) -> Labels:
 
 
 def _has_labels(call: Call, indices: Sequence[Tensor]) -> bool:
-    """Indices that neurons computed differ from neuron to neuron."""
-    return any(call.labels_of(index).factors for index in indices)
+    """Indices that neurons computed differ from neuron to neuron; those that the model holds stay as they are."""
+    for labels in map(call.labels_of, indices):
+        for factor in labels.factors if labels.static else ():
+            call.ledger.pin(factor.atoms.ravel(), call.reason("positions are picked"))
+    return any(labels.factors and not labels.static for labels in map(call.labels_of, indices))
 
 
 @ROWS.of("torchvision::roi_align", "torchvision::roi_pool", "grid_sampler_2d", "grid_sampler_3d",

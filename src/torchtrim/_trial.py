@@ -17,14 +17,38 @@ from torchtrim._surgery_attributes import set_attributes
 def tried(model: nn.Module, graph: NeuronGraph) -> NeuronGraph:
     """The graph in which all is locked that a trial cut shows to be no good."""
     others = _Readings(model, graph)
-    while (failure := _try(model, graph)) is not None:
-        while failure is not None and (other := others.next(graph, failure)) is not None:
+    failed: set[tuple[type[nn.Module], frozenset[str]]] = set()  # classes of modules, and which of their layers
+    failure = _try(model, graph)
+    while failure is not None:
+        if (other := others.next(graph, failure)) is not None:
             again = _try(model, other)
             if again is None or _is_better(again, failure):
                 graph, failure = other, again
-        if failure is not None:
-            graph = _lock(graph, failure)
+            continue
+        failure = failure if failure.blamed else _narrowed(model, graph, failure)
+        if failure.where is not None:
+            kind = type(model.get_submodule(failure.where))
+            layers = _blamed_below(graph, failure.where, failure.blamed)
+            if (kind, layers) in failed:  # twice is a habit of the class
+                failure = failure._replace(blamed=failure.blamed | _alike(model, graph, kind, layers))
+            failed.add((kind, layers))
+        graph = _regrouped(graph, graph.layers, failure.blamed, failure.reason)
+        failure = _try(model, graph)
     return graph
+
+
+def _blamed_below(graph: NeuronGraph, module: str, blamed: set[int]) -> frozenset[str]:
+    """The layers of a module, by their names in it, that have some of these roots."""
+    inside = f"{module}." if module else ""
+    own = (layer for name, layer in graph.layers.items() if name.startswith(inside))
+    return frozenset(layer.name.removeprefix(inside) for layer in own if not blamed.isdisjoint(layer.roots.tolist()))
+
+
+def _alike(model: nn.Module, graph: NeuronGraph, kind: type[nn.Module], layers: frozenset[str]) -> set[int]:
+    """The roots of the layers of these names in all modules of a class."""
+    modules = (name for name, module in named_modules(model).items() if type(module) is kind)
+    names = [f"{module}.{layer}" if module else layer for module in modules for layer in layers]
+    return {int(root) for name in names if name in graph.layers for root in graph.layers[name].roots}
 
 
 def trial(graph: NeuronGraph) -> Kept:
@@ -61,12 +85,19 @@ def attempt(
 
 
 def _try(model: nn.Module, graph: NeuronGraph) -> Failure | None:
-    """Prove the trial. A failure that blames nobody locks the groups that fail without others, or else everything."""
+    """Prove the trial."""
     kept = trial(graph)
-    light = {name: tensor.detach().to(graph.device) for name, tensor in named_tensors(model).items()}
-    failure = None if kept.all() else attempt(model, graph, kept, light)[1]
-    if failure is None or failure.blamed:
-        return failure
+    return None if kept.all() else attempt(model, graph, kept, _light(model, graph))[1]
+
+
+def _light(model: nn.Module, graph: NeuronGraph) -> dict[str, Tensor]:
+    """The model's tensors where it is traced, without data if it can be."""
+    return {name: tensor.detach().to(graph.device) for name, tensor in named_tensors(model).items()}
+
+
+def _narrowed(model: nn.Module, graph: NeuronGraph, failure: Failure) -> Failure:
+    """A failure that blames nobody, with blame for the groups that fail without others, or else for all."""
+    kept, light = trial(graph), _light(model, graph)
     groups: dict[str, set[int]] = {}
     for layer in graph.layers.values():
         groups.setdefault(layer.group, set()).update(layer.roots.tolist())
@@ -85,11 +116,6 @@ def _try(model: nn.Module, graph: NeuronGraph) -> Failure | None:
     half = len(everything) // 2
     blamed = guilty(everything[:half]) | guilty(everything[half:]) if half else set[int]()
     return failure._replace(blamed=blamed or set().union(*everything))
-
-
-def _lock(graph: NeuronGraph, failure: Failure) -> NeuronGraph:
-    """The graph in which the blamed roots cannot go."""
-    return _regrouped(graph, graph.layers, failure.blamed, failure.reason)
 
 
 def _regrouped(graph: NeuronGraph, layers: Mapping[str, Layer], stuck: set[int], reason: str) -> NeuronGraph:
@@ -129,7 +155,9 @@ class _Readings:
 
 def _is_better(failure: Failure, before: Failure) -> bool:
     """Whether a reading is worth keeping that fails too: later, or of less."""
-    return (failure.reached, -len(failure.blamed)) > (before.reached, -len(before.blamed))
+    return failure.reached > before.reached or (
+        failure.reached == before.reached and 0 < len(failure.blamed) < len(before.blamed)
+    )
 
 
 def _meanings(model: nn.Module, graph: NeuronGraph) -> list[_Meaning]:
@@ -194,11 +222,14 @@ def _views_like_inputs(graph: NeuronGraph, module: str) -> Iterator[tuple[int, A
 
 
 def _inputs(graph: NeuronGraph, module: str, steps: Sequence[Step]) -> Iterator[Atoms]:
-    """The roots along each axis of what the first operator of a module computes with."""
+    """The roots along each axis of the activations that the first operator of a module computes with."""
     inside = f"{module}." if module else ""
-    first = next((step for step in steps if step.live and f"{step.where}.".startswith(inside)), None)
-    for (_, labels), _ in zip(first.tensors, first.origins, strict=False) if first else ():
-        yield from (graph.root[f.atoms].ravel() for f in labels.factors if not labels.static and len(f.axes()) == 1)
+    for step in (step for step in steps if step.live and f"{step.where}.".startswith(inside)):
+        given = [labels for (_, labels), _ in zip(step.tensors, step.origins, strict=False) if not labels.static]
+        if any(labels.factors for labels in given):
+            single = (factor for labels in given for factor in labels.factors if len(factor.axes()) == 1)
+            yield from (graph.root[factor.atoms].ravel() for factor in single)
+            return
 
 
 def _united(graph: NeuronGraph, pairs: Sequence[tuple[Atoms, Atoms]]) -> NeuronGraph:
