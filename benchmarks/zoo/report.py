@@ -19,13 +19,18 @@ parameter that got a gradient before still gets one, and the state_dict fills a 
 weights of convolutions and linear layers, without output layers, that can lose neurons along an axis. The **floor** is
 one forward pass without data under a dispatch mode that does nothing; trace and trim are multiples of it.
 """
+_THROUGH_NORMS = """
+
+What norms average over goes too (`through_norms`). Outputs are compared without norms: inside, they scale and shift
+only, and averages are sums divided by a constant."""
 
 
 def page(records: Sequence[Record], command: str) -> str:
-    """The whole page."""
+    """The whole page; `command` made it."""
+    norms = "--through-norms" in command
     parts = [
-        "# The zoo",
-        _INTRODUCTION.strip(),
+        "# The zoo, through norms" if norms else "# The zoo",
+        _INTRODUCTION.strip() + (_THROUGH_NORMS if norms else ""),
         _summary(records),
         "## What went wrong",
         _faults(records) or "Nothing.",
