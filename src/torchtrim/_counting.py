@@ -3,13 +3,22 @@
 Integers are exact whatever the batch size; nothing of the tensor is kept.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Self
+from functools import cache
+from importlib import import_module
+from itertools import product
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from torchtrim._layout import arranged, columns
+from torchtrim.errors import ProfileError
+
+_BLOCK = 65536  # elements that a core's own cache holds, with a buffer of the same size
+_EXACT = 2**24  # up to here single precision counts by ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +54,81 @@ def count(values: Tensor, kept: Sequence[int]) -> Counts:
     The sums run over one example in single precision and from there on in double precision, so that they do not
     depend on how examples are batched.
     """
-    summed = [axis for axis in range(values.ndim) if axis not in kept]
-    inner = [axis for axis in summed if axis > 0]
-    wide = values if values.dtype == torch.float64 else values.float()
-    total = _sum(wide, inner).double()
-    square = _sum(wide.square(), inner).double()
+    view = arranged(values, kept)
+    native = native_room(values.device.type) if values.device.type == "cpu" else None
+    if native is not None and values.dtype in native.DTYPES and values.numel():
+        nonzero, total, square = torch.from_numpy(native.sums(view))
+    else:
+        nonzero, total, square = _sums(view, torch.float64 if values.dtype == torch.float64 else torch.float32)
     if not torch.isfinite(square).all():  # NaN and infinity, or squares that single precision cannot hold
-        total, square = _sum(wide.double(), inner), _sum(wide.double().square(), inner)
-    outer = [axis for axis in summed if axis == 0]
-    zeros = values == 0
-    return Counts(
-        zeros.sum(summed, keepdim=True) if summed else zeros.long(),
-        prod(values.shape[axis] for axis in summed),
-        _sum(total, outer),
-        _sum(square, outer),
-    )
+        nonzero, total, square = _sums(view, torch.float64)
+    positions = view.shape[0] * view.shape[2]
+    shape = [size if axis in kept else 1 for axis, size in enumerate(values.shape)]
+    return Counts((positions - nonzero.long()).view(shape), positions, total.view(shape), square.view(shape))
 
 
-def _sum(values: Tensor, axes: Sequence[int]) -> Tensor:
-    # `sum` over no axes would be a sum over all.
-    return values.sum(list(axes), keepdim=True) if axes else values
+def native_room(device: str) -> Any | None:
+    """The compiled way to count on "cpu" or "cuda", if it is installed and TORCHTRIM_COUNTING is not "plain".
+
+    Raises ProfileError: TORCHTRIM_COUNTING is "native" and there is none, or is another word.
+    """
+    choice = os.environ.get("TORCHTRIM_COUNTING") or "auto"
+    if choice not in ("auto", "plain", "native"):
+        raise ProfileError(f"TORCHTRIM_COUNTING: expected 'plain' or 'native', found {choice!r}")
+    if choice == "plain" or device not in _ROOMS:
+        return None
+    found = _imported(device)
+    if not isinstance(found, Exception):
+        return found
+    if choice == "native":
+        package, install = _PACKAGES[device]
+        raise ProfileError(f"TORCHTRIM_COUNTING=native needs {package} ({found}); {install}, or unset the variable")
+    return None
+
+
+_ROOMS = {"cpu": "_counting_native", "cuda": "_counting_triton"}
+_PACKAGES = {
+    "cpu": ("Numba", "pip install 'torchtrim[fast]'"),
+    "cuda": ("Triton", "pip install triton"),
+}
+
+
+@cache
+def _imported(device: str) -> Any:
+    """A room that needs an optional package, or the error why there is none."""
+    try:
+        return import_module(f"torchtrim.{_ROOMS[device]}")
+    except (ImportError, OSError) as error:
+        return error
+
+
+def _sums(view: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many elements of each neuron are not zero, their sum, and the sum of their squares: float64 [3, kept].
+
+    view: [examples, kept, inner]. It is read from memory once, in blocks that stay in the cache while they are read
+    again. Sums are in `dtype` up to one example.
+    """
+    if view.shape[2] == 1:  # each element is an example
+        view, dtype = view.transpose(0, 2), torch.float64
+    along = 1 if columns(view) else 2
+    view = view.transpose(1, 2) if along == 1 else view
+    cores = min(torch.get_num_threads(), _EXACT // _BLOCK)
+    block = _BLOCK * cores if view.device.type == "cpu" else _EXACT
+    width = min(view.shape[2], block)
+    rows = min(view.shape[1], block // max(width, 1))
+    examples = max(block // max(rows * width, 1), 1) if (rows, width) == view.shape[1:] else 1
+    starts = [range(0, size, step or 1) for size, step in zip(view.shape, (examples, rows, width), strict=True)]
+    parts = view.new_empty([3, *view.shape[:along], len(starts[along]), *view.shape[along + 1 :]], dtype=dtype)
+    buffer, wide = (view.new_empty(min(block, view.numel()), dtype=dtype) for _ in range(2))
+    for example, row, column in product(*starts):
+        one = view[example : example + examples, row : row + rows, column : column + width]
+        scratch = buffer[: one.numel()].view(one.shape)
+        if one.dtype != dtype:
+            one = wide[: one.numel()].view(one.shape).copy_(one)
+        place: list[Any] = [slice(example, example + examples), slice(row, row + rows), slice(column, column + width)]
+        place[along] = row // rows if along == 1 else column // width
+        found = parts[:, *place]
+        torch.sum(torch.ne(one, 0, out=scratch), along, out=found[0])
+        torch.sum(one, along, out=found[1])
+        torch.sum(torch.mul(one, one, out=scratch), along, out=found[2])
+    return parts.sum((1, along + 1), dtype=torch.float64)
