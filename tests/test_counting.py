@@ -72,6 +72,7 @@ def test_equals_counting_one_by_one(path, shape, data, dtype) -> None:
         ((4, 301, 530), (2,)),
         ((2, 3, 50, 60), (1, 3)),
         ((3, 70000), ()),
+        ((2, 1, 3, 500_000), (1,)),
     ],
 )
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "sliced"])

@@ -17,7 +17,8 @@ from torch import Tensor
 from torchtrim._layout import arranged, columns
 from torchtrim.errors import ProfileError
 
-_BLOCK = 65536  # elements that a core's own cache holds, with a buffer of the same size
+_BLOCK = 2**20  # elements that a cache holds, with a buffer of the same size, and few enough calls of operators
+_SHARE = 2**16  # elements that are worth a thread
 _EXACT = 2**24  # up to here single precision counts by ones
 
 
@@ -41,6 +42,10 @@ class Counts:
             self.total + other.total,
             self.square + other.square,
         )
+
+    def cpu(self) -> "Counts":
+        """The same, on the CPU."""
+        return Counts(self.zeros.cpu(), self.positions, self.total.cpu(), self.square.cpu())
 
     @property
     def finite(self) -> bool:
@@ -112,14 +117,14 @@ def _sums(view: Tensor, dtype: torch.dtype) -> Tensor:
         view, dtype = view.transpose(0, 2), torch.float64
     along = 1 if columns(view) else 2
     view = view.transpose(1, 2) if along == 1 else view
-    cores = min(torch.get_num_threads(), _EXACT // _BLOCK)
-    block = _BLOCK * cores if view.device.type == "cpu" else _EXACT
+    block = min(max(_BLOCK, _SHARE * torch.get_num_threads()), _EXACT) if view.device.type == "cpu" else _EXACT
     width = min(view.shape[2], block)
     rows = min(view.shape[1], block // max(width, 1))
     examples = max(block // max(rows * width, 1), 1) if (rows, width) == view.shape[1:] else 1
     starts = [range(0, size, step or 1) for size, step in zip(view.shape, (examples, rows, width), strict=True)]
     parts = view.new_empty([3, *view.shape[:along], len(starts[along]), *view.shape[along + 1 :]], dtype=dtype)
-    buffer, wide = (view.new_empty(min(block, view.numel()), dtype=dtype) for _ in range(2))
+    buffer = view.new_empty(min(block, view.numel()), dtype=dtype)
+    wide = buffer if view.dtype == dtype else torch.empty_like(buffer)
     for example, row, column in product(*starts):
         one = view[example : example + examples, row : row + rows, column : column + width]
         scratch = buffer[: one.numel()].view(one.shape)

@@ -21,11 +21,12 @@ from torch.utils import _pytree as pytree
 
 from torchtrim._activations import KINDS, Kind
 from torchtrim._copies import named_tensors
-from torchtrim._counting import Counts
+from torchtrim._counting import Counts, native_room
 from torchtrim._files import write_whole
 from torchtrim._flow import Site
 from torchtrim._graph import Layer, NeuronGraph
-from torchtrim._watch import Totals, Watch
+from torchtrim._tally import Totals
+from torchtrim._watch import NotFiniteError, Watch
 from torchtrim.criteria import Floats, Integers, LayerProfile
 from torchtrim.errors import ProfileError, StoreError, TraceError
 
@@ -205,6 +206,7 @@ def profile(
             "batches: expected an iterable of batches, found a tensor, whose rows it would give; pass [it]"
         )
     device = next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
+    native_room(device.type)  # a way to count that is asked for and missing is known before the first batch
     call = forward or _call
     watch = Watch(model, through_norms=through_norms)
     number = 0
@@ -213,18 +215,21 @@ def profile(
             moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
             try:
                 watch.run(partial(call, model, moved))
+            except NotFiniteError:
+                raise
             except ProfileError as error:
                 raise ProfileError(f"batch {number}: {error}") from error
             except TraceError as error:
                 otherwise = "" if forward else " To call it otherwise, pass forward=lambda model, batch: ..."
                 raise ProfileError(f"batch {number}: {error}{otherwise}") from error
+        watch.look()
     if watch.graph is None:
         raise ProfileError(
             "`forward` did not call the model; expected it to call model(...) with the batch"
             if number and forward
             else "expected at least one batch, found none; look at what the loader yields"
         )
-    return _result(model, watch.graph, watch.totals, watch.examples)
+    return _result(model, watch.graph, watch.tallies.totals(), watch.examples)
 
 
 def unmeasured(model: nn.Module, graph: NeuronGraph) -> Profile:

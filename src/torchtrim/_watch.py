@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtrim._activations import RECURRENT, kind_of
-from torchtrim._counting import Counts, count
+from torchtrim._activations import ACTIVATIONS, RECURRENT, kind_of
 from torchtrim._flow import Site
 from torchtrim._graph import trace
 from torchtrim._neurons import NeuronGraph
-from torchtrim.errors import ProfileError
-
-Totals = dict[tuple[Site, int], Counts]  # by site and by which of its factors
+from torchtrim._tally import Tallies
+from torchtrim.errors import ProfileError, TorchtrimError
 
 
 class _MisfitError(Exception):
     """This call does not go the way that was assumed."""
+
+
+class NotFiniteError(ProfileError):
+    """NaN or infinite activations in a batch that the message names; it need not be the one in progress."""
 
 
 @dataclass(eq=False)
@@ -48,7 +50,8 @@ class Watch(TorchDispatchMode):
         self.model = model
         self.through_norms = through_norms
         self.graph: NeuronGraph | None = None
-        self.totals: Totals = {}
+        self.tallies = Tallies()
+        self.batches = 0
         self.examples = 0
         self._numbers = {id(parameter): number for number, parameter in enumerate(model.parameters())}
         self._paths: list[_Path] = []
@@ -60,27 +63,43 @@ class Watch(TorchDispatchMode):
         self._seen = 0
         self._recurrent = 0  # how deep in recurrent modules the run is
         self._trail: list[int] = []
-        self._pending: list[tuple[Site, int, Counts]] = []
         self._pending_examples = 0
+        self._names: dict[Any, str | None] = {}  # by operator, its name if it may be an activation
 
     def run(self, call: Callable[[], Any]) -> None:
-        """Call the model, and count the batch as a whole or not at all."""
+        """Call the model, and count the batch as a whole or not at all.
+
+        Raises NotFiniteError, where values are on another device some batches late.
+        """
         self._wrong.clear()
-        while not self._fits(call):
-            if self._candidate() is None:
-                self._learn()
-        for site, factor, counts in self._pending:
-            if not counts.finite:
-                raise ProfileError(
-                    f"NaN or infinite activations {self._where(site)}; look for such values in the weights and the data"
-                )
-            before = self.totals.get((site, factor))
-            self.totals[site, factor] = counts if before is None else before + counts
+        self.batches += 1
+        try:
+            while not self._fits(call):
+                if self._candidate() is None:
+                    self._learn()
+        except TorchtrimError:
+            self.look()  # an earlier batch may be why
+            raise
+        self.tallies.commit(self.batches)
+        self.look(self.batches)
         self.examples += self._pending_examples
 
+    def look(self, batch: int | None = None) -> None:
+        """Raise NotFiniteError if a batch had NaN or infinite activations.
+
+        batch: the one that was just counted; if it is given, devices are looked at now and then only.
+        """
+        bad = self.tallies.bad(batch)
+        if bad is not None:
+            number, (site, _) = bad
+            raise NotFiniteError(
+                f"batch {number}: NaN or infinite activations {self._where(site)}; look for such values in the weights "
+                "and the data"
+            )
+
     def _fits(self, call: Callable[[], Any]) -> bool:
-        """Whether each call went a known way; `_pending` then holds what was counted on it."""
-        self._pending.clear()
+        """Whether each call went a known way; the batch in progress then holds what was counted on it."""
+        self.tallies.drop()
         self._pending_examples = self._call = 0
         self._recurrent = 0
         hooks = [
@@ -162,17 +181,24 @@ class Watch(TorchDispatchMode):
         return tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Runs at every operator of every batch, so that each line of it counts.
         kwargs = kwargs or {}
-        if self._path is not None:
-            for argument in (*args, *kwargs.values()):
-                for item in argument if isinstance(argument, (list, tuple)) else (argument,):
-                    if id(item) in self._numbers:
-                        self._go(self._numbers[id(item)])
+        path, numbers = self._path, self._numbers
+        if path is not None:
+            for argument in (*args, *kwargs.values()) if kwargs else args:
+                if id(argument) in numbers:
+                    self._go(numbers[id(argument)])
+                elif type(argument) is list or type(argument) is tuple:
+                    for item in argument:
+                        if id(item) in numbers:
+                            self._go(numbers[id(item)])
         result = func(*args, **kwargs)
-        name = func._schema.name.removeprefix("aten::").rstrip("_")
-        if self._path is not None and not self._recurrent and kind_of(name, args, kwargs) is not None:
+        name = self._names.get(func, "")
+        if name == "":
+            name = self._names[func] = _activation(func)
+        if name is not None and path is not None and not self._recurrent and kind_of(name, args, kwargs) is not None:
             self._go(-1)
-            self._count(self._path, next(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)))
+            self._count(path, next(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)))
         return result
 
     def _go(self, step: int) -> None:
@@ -190,7 +216,7 @@ class Watch(TorchDispatchMode):
             kept = factor.axes()
             if values.ndim != factor.atoms.ndim or any(values.shape[axis] != factor.atoms.shape[axis] for axis in kept):
                 raise _MisfitError
-            self._pending.append((site, index, count(values, kept)))
+            self.tallies.add((site, index), values, kept)
 
     def _where(self, site: Site) -> str:
         graph = self.graph
@@ -199,6 +225,11 @@ class Watch(TorchDispatchMode):
         layers = [name for name, layer in graph.layers.items() if not roots.isdisjoint(layer.roots.tolist())]
         place = f"{site.name} in {site.module or 'the model itself'}"
         return f"of layer {layers[0]!r} ({place})" if layers else f"at {place}"
+
+
+def _activation(func: Any) -> str | None:
+    name = func._schema.name.removeprefix("aten::").rstrip("_")
+    return name if name in ACTIVATIONS else None
 
 
 def _example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
