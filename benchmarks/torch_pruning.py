@@ -167,7 +167,7 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
 def trim(case: Case, model: nn.Module) -> tuple[nn.Module, Record]:
     """What torchtrim is timed for: the trace, a random plan of a fraction of every group, the trim and its proof."""
     graph = torchtrim.trace(model, case.example)
-    return torchtrim.trim(model, random_plan(graph, 0, FRACTION), case.example), {}
+    return torchtrim.trim(model, random_plan(graph, 0, FRACTION), graph), {}
 
 
 def prune(case: Case, model: nn.Module) -> tuple[nn.Module, Record]:

@@ -156,7 +156,7 @@ def test_the_guilty_are_found_by_halving(monkeypatch) -> None:
     model, example = nn.Sequential(*layers, nn.Linear(8, 2)), torch.randn(2, 8)
     cuts = 0
 
-    def attempt(model, graph, kept, sources):
+    def attempt(model, graph, kept, sources, *, keep):
         nonlocal cuts
         cuts += 1
         faulty = not kept[graph.layers["40"].roots].all()

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtrim import _operators, _operators_products, _operators_shapes, _operators_statistics
 from torchtrim._activations import ACTIVATIONS, RECURRENT, Kind, kind_of
 from torchtrim._labels import UNKNOWN, Atoms, Factor, Labels, Ledger, Shape
-from torchtrim._marks import Mark, Memory, computed, labels_of, mark_of, memory_among, origin_of, value_of
+from torchtrim._marks import Mark, Memory, labels_of, mark_of, memory_among, origin_of, value_of
+from torchtrim._meta import computed
 from torchtrim._numbers import constants_of, held_by_code
 from torchtrim._operators import (
     FACTORIES,

@@ -37,11 +37,17 @@ class Failure(NamedTuple):
 
 
 def prove(
-    model: nn.Module, graph: NeuronGraph, trimmed: nn.Module, kept: Kept, expected: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    graph: NeuronGraph,
+    trimmed: nn.Module,
+    kept: Kept,
+    expected: Mapping[str, Tensor] | None = None,
+    *,
+    keep: bool = True,
 ) -> Failure | None:
     """None if `trimmed` computes the masked model; else the roots to blame, and why.
 
-    expected: what `cut` makes of the model's tensors, where it is at hand.
+    expected: what `cut` makes of the model's tensors, where it is at hand. keep: whether `trimmed` must stay as it is.
     """
     misplaced = _misplaced(graph, trimmed, kept, expected or cut(graph, named_tensors(model), kept))
     if misplaced is not None:
@@ -57,8 +63,9 @@ def prove(
             )
         try:
             example = graph.training_example if training else graph.example
-            flow = run(on_device(trimmed, graph.device), example, labels, graph.ledger(settled), training=training,
-                       device=graph.device)  # fmt: skip
+            own = not keep and len(graph.recordings) == 1 and graph.device == "meta"
+            copy = generalise(trimmed) if own else on_device(trimmed, graph.device)
+            flow = run(copy, example, labels, graph.ledger(settled), training=training, device=graph.device)
         except RunError as error:
             return _blame_error(graph, kept, steps, error)._replace(reached=reached + len(error.flow.steps))
         reached += len(flow.steps)

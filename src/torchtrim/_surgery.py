@@ -18,6 +18,8 @@ from torchtrim.errors import PlanError, TorchtrimWarning
 def trim(model: nn.Module, plan: Plan, example: Any) -> nn.Module:
     """A new model without the plan's neurons; `model` is untouched.
 
+    example: what the model is called with, or what `trace` found of the model as it is, which spares finding it again.
+
     Raises `PlanError` when the plan does not fit the model. A group that cannot be proved stays whole, with a
     `TorchtrimWarning` that says why. The plan as it was carried out is noted on the new model, for `save`.
     """
@@ -27,7 +29,10 @@ def trim(model: nn.Module, plan: Plan, example: Any) -> nn.Module:
 
 
 def mask(model: nn.Module, plan: Plan, example: Any) -> nn.Module:
-    """A new model of the old shape in which the plan's neurons are silent: their parameters are zero."""
+    """A new model of the old shape in which the plan's neurons are silent: their parameters are zero.
+
+    example: as for `trim`.
+    """
     _, graph, kept = _carry_out(model, plan, example)
     return silence(model, graph, kept)
 
@@ -61,7 +66,7 @@ def _carried_out(graph: NeuronGraph, plan: Plan, kept: Kept) -> Plan:
 
 def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, NeuronGraph, Kept]:
     """The model without the plan's neurons, or without as many of them as can be proved."""
-    graph = untried(model, example, through_norms=plan.through_norms)
+    graph = _graph_of(model, plan, example)
     kept = _kept(graph, plan)
     trimmed, failure = attempt(model, graph, kept, named_tensors(model))
     if failure is not None:  # a trial tells which layers are locked, so that the plan is refused if it means them
@@ -77,6 +82,20 @@ def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, N
             kept = kept.copy()
             kept[list(blamed) or slice(None)] = True
     return _own(model, trimmed), graph, kept
+
+
+def _graph_of(model: nn.Module, plan: Plan, example: Any) -> NeuronGraph:
+    """What was found of the model already, or is found now."""
+    if not isinstance(example, NeuronGraph):
+        return untried(model, example, through_norms=plan.through_norms)
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    found = {name: tuple(map(len, axes)) for name, axes in example.axes.items()}
+    if shapes != found:
+        odd = sorted(name for name, _ in shapes.items() ^ found.items())
+        raise PlanError(f"the graph is of another model: {odd[0]} differs; trace this one")
+    if plan.through_norms and not example.through_norms:
+        raise PlanError("the plan goes through norms, the graph does not; trace with through_norms=True")
+    return example
 
 
 def _own(model: nn.Module, trimmed: nn.Module) -> nn.Module:

@@ -19,7 +19,8 @@ from torchtrim._operators_shapes import is_sizes
 # Where a module's weight is kept: as it is, by a parametrization, by `weight_norm` of either kind, or by `prune`.
 _WEIGHTS = ("weight", "parametrizations.weight.original", "parametrizations.weight.original1", "weight_v",
             "weight_orig")  # fmt: skip
-# What attributes that describe a width are called; others of the same value are left alone.
+# What attributes that describe a width are called; others of the same value are left alone, and so are ratios.
+_RATIO = "key_value_groups"  # of heads that share keys and values: whole groups go
 _WORDS = ("head", "dim", "size", "width", "channel", "chs", "feature", "hidden", "planes", "group", "nf")
 
 
@@ -46,6 +47,7 @@ def _places(module: nn.Module, size: Size) -> Iterator[tuple[str, int | None]]:
     if size.pieces:
         yield from ((name, size.index) for name, value in vars(module).items() if is_sizes(value, size.pieces))
     equal = [name for name, value in vars(module).items() if type(value) is int and value == size.size]
+    equal = [name for name in equal if _RATIO not in name]
     named = [name for name in equal if any(word in name.lower() for word in _WORDS)]
     # a piece is as long as code says; what a view makes of an axis may be what is left over
     yield from ((name, None) for name in named or (equal if size.pieces else ()))

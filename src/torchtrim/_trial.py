@@ -75,19 +75,22 @@ def trial(graph: NeuronGraph) -> Kept:
 
 
 def attempt(
-    model: nn.Module, graph: NeuronGraph, kept: Kept, sources: Mapping[str, Tensor]
+    model: nn.Module, graph: NeuronGraph, kept: Kept, sources: Mapping[str, Tensor], *, keep: bool = True
 ) -> tuple[nn.Module, Failure | None]:
-    """The model of which only this is kept, cut out of these tensors, and what is wrong with it."""
+    """The model of which only this is kept, cut out of these tensors, and what is wrong with it.
+
+    keep: whether it will be used; else the proof may run on it as it is.
+    """
     tensors = cut(graph, sources, kept)
     trimmed = rebuild(model, tensors)
     set_attributes(model, trimmed, graph, kept)
-    return trimmed, prove(model, graph, trimmed, kept, tensors)
+    return trimmed, prove(model, graph, trimmed, kept, tensors, keep=keep)
 
 
 def _try(model: nn.Module, graph: NeuronGraph) -> Failure | None:
     """Prove the trial."""
     kept = trial(graph)
-    return None if kept.all() else attempt(model, graph, kept, _light(model, graph))[1]
+    return None if kept.all() else attempt(model, graph, kept, _light(model, graph), keep=False)[1]
 
 
 def _light(model: nn.Module, graph: NeuronGraph) -> dict[str, Tensor]:
@@ -107,7 +110,7 @@ def _narrowed(model: nn.Module, graph: NeuronGraph, failure: Failure) -> Failure
         alone = np.ones(len(kept), bool)
         roots = sorted(set().union(*suspects))
         alone[roots] = kept[roots]
-        if alone.all() or attempt(model, graph, alone, light)[1] is None:
+        if alone.all() or attempt(model, graph, alone, light, keep=False)[1] is None:
             return set()
         half = len(suspects) // 2
         return (guilty(suspects[:half]) | guilty(suspects[half:]) if half else set()) or set(roots)
