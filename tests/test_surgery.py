@@ -362,3 +362,22 @@ def test_inputs_may_be_tuples_or_keywords() -> None:
             return super().forward(pictures)
 
     assert set(torchtrim.trace(Keywords(), {"pictures": torch.zeros(2, 1, 28, 28)}).layers) == set(LeNet()._modules)
+
+
+def test_what_a_trace_found_serves_in_place_of_the_example() -> None:
+    model, example = LeNet().double(), torch.randn(2, 1, 28, 28, dtype=torch.float64)
+    graph = torchtrim.trace(model, example)
+    plan = random_plan(graph)
+    for carry_out in (torchtrim.trim, torchtrim.mask):
+        assert torch.equal(carry_out(model, plan, graph)(example), carry_out(model, plan, example)(example))
+
+
+def test_what_was_found_of_another_model_does_not_serve() -> None:
+    model, example = LeNet(), torch.randn(2, 1, 28, 28)
+    plan = random_plan(torchtrim.trace(model, example))
+    small = torchtrim.trim(model, plan, example)
+    with pytest.raises(PlanError, match=r"of another model: conv1\.bias differs; trace this one"):
+        torchtrim.trim(model, plan, torchtrim.trace(small, example))
+    through = Plan(plan.layers, through_norms=True)
+    with pytest.raises(PlanError, match="trace with through_norms=True"):
+        torchtrim.trim(model, through, torchtrim.trace(model, example))
