@@ -90,19 +90,21 @@ def _commit(
     start = tl.load(starts + entry, mask=known, other=0)
     step = tl.load(steps + entry, mask=known, other=0)
     count = tl.load(counts + entry, mask=known, other=0)
-    zeros, one, two = tl.zeros([ENTRIES], tl.int64), tl.zeros([ENTRIES], tl.float64), tl.zeros([ENTRIES], tl.float64)
+    zeros = tl.zeros([ENTRIES, PARTS], tl.int64)
+    ones, twos = tl.zeros([ENTRIES, PARTS], tl.float64), tl.zeros([ENTRIES, PARTS], tl.float64)
     for first in range(0, tl.max(count, 0), PARTS):
         part = first + tl.arange(0, PARTS)
         here = part[None, :] < count[:, None]
         place = start[:, None] + part[None, :] * step[:, None]
-        zeros += tl.sum(tl.load(nonzero + place, mask=here, other=0), 1)
-        one += tl.sum(tl.load(total + place, mask=here, other=0.0), 1)
-        two += tl.sum(tl.load(square + place, mask=here, other=0.0), 1)
+        zeros += tl.load(nonzero + place, mask=here, other=0)
+        ones += tl.load(total + place, mask=here, other=0.0)
+        twos += tl.load(square + place, mask=here, other=0.0)
         tl.store(nonzero + place, tl.zeros([ENTRIES, PARTS], tl.int64), mask=here)
         tl.store(total + place, tl.zeros([ENTRIES, PARTS], tl.float64), mask=here)
         tl.store(square + place, tl.zeros([ENTRIES, PARTS], tl.float64), mask=here)
-    tl.store(all_nonzero + entry, tl.load(all_nonzero + entry, mask=known) + zeros, mask=known)
-    tl.store(all_total + entry, tl.load(all_total + entry, mask=known) + one, mask=known)
+    two = tl.sum(twos, 1)  # outside of the loop: of a sum in it that is used twice, Triton 3.6 makes nothing
+    tl.store(all_nonzero + entry, tl.load(all_nonzero + entry, mask=known) + tl.sum(zeros, 1), mask=known)
+    tl.store(all_total + entry, tl.load(all_total + entry, mask=known) + tl.sum(ones, 1), mask=known)
     tl.store(all_square + entry, tl.load(all_square + entry, mask=known) + two, mask=known)
     before = tl.load(bad + entry, mask=known, other=0)
     lost = (before == 0) & ~(two < float("inf"))
