@@ -160,34 +160,36 @@ def ours(path: str, model: nn.Module, images: Tensor, count: int) -> Iterator[Ru
 
 @contextmanager
 def hooked(kind: Callable[[list[Tensor]], tuple[Any, Run]], model: nn.Module, images: Tensor, count: int) -> Any:
-    """A hook on each ReLU of the model, or on the model's functions' results where it has no such modules."""
+    """A hook on each ReLU of the model, or on the function's results where it has no such modules.
+
+    The hooks are there while `run` runs only: the bare pass beside it is without them.
+    """
     found: list[Tensor] = []
     hook, finish = kind(found)
     modules = [module for module in model.modules() if isinstance(module, nn.ReLU)]
-    hooks = [module.register_forward_hook(lambda module, inputs, output: hook(output)) for module in modules]
     relu = torch.relu
-    if not modules:  # LeNet calls the function
 
-        def watched(values: Tensor) -> Tensor:
-            result = relu(values)
-            hook(result)
-            return result
-
-        torch.relu = watched
+    def watched(values: Tensor) -> Tensor:
+        result = relu(values)
+        hook(result)
+        return result
 
     def run() -> None:
-        with torch.no_grad():
-            for _ in range(count):
-                model(images)
-        finish()
-        found.clear()
+        hooks = [module.register_forward_hook(lambda module, inputs, output: hook(output)) for module in modules]
+        if not modules:  # LeNet calls the function
+            torch.relu = watched
+        try:
+            with torch.no_grad():
+                for _ in range(count):
+                    model(images)
+            finish()
+        finally:
+            torch.relu = relu
+            found.clear()
+            for handle in hooks:
+                handle.remove()
 
-    try:
-        yield run
-    finally:
-        torch.relu = relu
-        for handle in hooks:
-            handle.remove()
+    yield run
 
 
 def naive(found: list[Tensor]) -> tuple[Any, Run]:

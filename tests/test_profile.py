@@ -50,6 +50,26 @@ def test_lenet_counts_are_exact_whatever_the_batches(sizes) -> None:
     np.testing.assert_allclose(found.apoz["fc1"], found.zeros["fc1"] / 7)
 
 
+def test_both_ways_to_count_give_the_same_profile(monkeypatch) -> None:
+    pytest.importorskip("numba")
+    model = torchvision.models.resnet18(num_classes=3)
+    found: list[Profile] = []
+    for path in ("plain", "native"):
+        monkeypatch.setenv("TORCHTRIM_COUNTING", path)
+        found.append(profile(model, [images(3, 40, 3), images(2, 40, 3, seed=1)]))
+    plain, native = found
+    for name in plain:
+        np.testing.assert_array_equal(plain.zeros[name], native.zeros[name])
+        np.testing.assert_array_equal(plain.positions[name], native.positions[name])
+        np.testing.assert_allclose(plain.mean[name], native.mean[name], rtol=1e-5)
+
+
+def test_an_unknown_way_to_count_is_refused_before_the_first_batch(monkeypatch) -> None:
+    monkeypatch.setenv("TORCHTRIM_COUNTING", "quick")
+    with pytest.raises(ProfileError, match="^TORCHTRIM_COUNTING: expected 'plain' or 'native'"):
+        profile(LeNet(), [images()])
+
+
 def test_moments_and_norms() -> None:
     torch.manual_seed(0)
     model, inputs = LeNet().double(), images().double()
