@@ -66,7 +66,7 @@ def test_both_ways_to_count_give_the_same_profile(monkeypatch) -> None:
 
 def test_an_unknown_way_to_count_is_refused_before_the_first_batch(monkeypatch) -> None:
     monkeypatch.setenv("TORCHTRIM_COUNTING", "quick")
-    with pytest.raises(ProfileError, match="^TORCHTRIM_COUNTING: expected 'plain' or 'native'"):
+    with pytest.raises(ProfileError, match=r"^TORCHTRIM_COUNTING: expected 'plain' or 'native'"):
         profile(LeNet(), [images()])
 
 
