@@ -220,6 +220,7 @@ def test_an_earlier_bad_batch_is_named_before_a_later_fault() -> None:
 
 @GPU
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_no_batch_waits_for_the_device() -> None:
     model, images = LeNet().cuda().eval(), torch.randn(8, 1, 28, 28, device="cuda")
     watch = Watch(model)

@@ -444,6 +444,25 @@ def _(net, x):
     return net.out(F.grid_sample(net.a(x), places, align_corners=False).relu())
 
 
+class Held(nn.Module):
+    """Rows of a table, at positions that the module holds."""
+
+    positions: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.tensor([0, 2, 1, 3]))
+
+    def forward(self, table: Tensor) -> Tensor:
+        return table[self.positions]
+
+
+@toy("rows at positions that the model holds", VECTORS, "a", a=linear(6, 8), table=weight(5, 8), held=Held,
+     out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    return net.out((net.a(x) + net.held(net.table)).relu())
+
+
 @toy("regions", IMAGES, "a", a=conv(3, 6), out=conv(6, 2))
 def _(net, x):
     boxes = torch.zeros(3, 5, dtype=x.dtype, device=x.device)
