@@ -451,13 +451,13 @@ class Held(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("positions", torch.tensor([0, 2, 1, 3]))
+        self.register_buffer("positions", torch.tensor([0, 2, 1, 3, 3]))
 
     def forward(self, table: Tensor) -> Tensor:
         return table[self.positions]
 
 
-@toy("rows at positions that the model holds", VECTORS, "a", a=linear(6, 8), table=weight(5, 8), held=Held,
+@toy("rows at positions that the model holds", SEQUENCES, "a", a=linear(6, 8), table=weight(5, 8), held=Held,
      out=linear(8, 3))  # fmt: skip
 def _(net, x):
     return net.out((net.a(x) + net.held(net.table)).relu())
