@@ -1,5 +1,7 @@
 """What a trial cut teaches: other readings of the model's own code, found by the proof and proved again."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -148,6 +150,33 @@ def test_tensors_that_modules_hold_need_no_data() -> None:
     assert free(graph) == {"first"}
     assert model.grid is held
     assert_exact(model, example)
+
+
+def test_what_modules_keep_by_device_is_computed_anew(tmp_path: Path) -> None:
+    """As LeViT keeps the biases of its attention, which are computed of parameters at the first call."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+            self.biases = nn.Parameter(torch.randn(8, 4))
+            self.register_buffer("positions", torch.tensor([0, 2, 1, 3, 3]))
+            self.cache: dict[str, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            key = str(x.device)
+            if key not in self.cache:
+                self.cache[key] = self.biases[:, self.positions].t()
+            return self.out((self.first(x) + self.cache[key]).relu())
+
+    model, example = Biased().double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    plan = assert_exact(model, example)
+    model(example)
+    trimmed, silent = torchtrim.trim(model, plan, example), torchtrim.mask(model, plan, example)
+    assert list(model.cache) == ["cpu"]
+    torch.testing.assert_close(trimmed(example), silent(example))
+    torchtrim.save(trimmed, tmp_path / "model")
+    assert torch.equal(torchtrim.load(model, tmp_path / "model")(example), trimmed(example))
 
 
 def test_the_guilty_are_found_by_halving(monkeypatch) -> None:

@@ -45,8 +45,12 @@ def rebuild(model: nn.Module, replace: Mapping[str, Tensor]) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses what a graph produced
-                memo[id(value)] = value.detach().clone()
+            several: Any = (
+                value.values() if type(value) is dict else value if isinstance(value, (list, tuple)) else [value]
+            )
+            for one in several:
+                if isinstance(one, Tensor) and not one.is_leaf:  # deepcopy refuses what a graph produced
+                    memo[id(one)] = one.detach().clone()
     for name, old in named_tensors(model).items():
         new = replace[name]
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
@@ -60,6 +64,25 @@ def compacted(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()
     return model
+
+
+def without_caches(model: nn.Module) -> nn.Module:
+    """With nothing in what modules keep by device, such as biases that they computed of parameters; in place.
+
+    What has run without data has filled these by itself, and will do so again.
+    """
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) is dict and all(isinstance(one, Tensor) and _is_device(key) for key, one in value.items()):
+                value.clear()
+    return model
+
+
+def _is_device(key: Any) -> bool:
+    try:
+        return isinstance(key, torch.device) or (isinstance(key, str) and bool(torch.device(key).type))
+    except RuntimeError:
+        return False
 
 
 # What `copy.deepcopy` hands on as it is.

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
-from torchtrim._copies import compacted, named_tensors, rebuild
+from torchtrim._copies import compacted, named_tensors, rebuild, without_caches
 from torchtrim._flow import Site, Step
 from torchtrim._labels import Atoms, Ledger, Size
 
@@ -216,7 +216,7 @@ def silence(model: nn.Module, graph: NeuronGraph, kept: Kept) -> nn.Module:
                 # a direction has no zero; its length, which is a parameter of its own, is silenced instead
                 value = 1 if directions.get(name) == axis else 0
                 parameter.data.index_fill_(axis, torch.from_numpy(gone).to(parameter.device), value)
-    return compacted(silent)
+    return compacted(without_caches(silent) if graph.device == "meta" else silent)
 
 
 def _directions(model: nn.Module) -> dict[str, int]:

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchtrim._attention import adapt
-from torchtrim._copies import compacted, named_tensors, rebuild
+from torchtrim._copies import compacted, named_tensors, rebuild, without_caches
 from torchtrim._files import write_whole
 from torchtrim._history import History, describes, history, set_history
 from torchtrim._neurons import memory_of
@@ -215,7 +215,7 @@ def _read(model: nn.Module, path: Path) -> tuple[nn.Module, _Content]:
         for key, value in values.items():
             values[key] = tuple(value) if isinstance(vars(modules[name])[key], tuple) else value  # JSON has lists only
             setattr(modules[name], key, copy.copy(values[key]))
-    set_history(compacted(adapt(loaded)), replace(content.history, attributes=attributes))
+    set_history(compacted(adapt(without_caches(loaded))), replace(content.history, attributes=attributes))
     return loaded, content
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from torchtrim._copies import compacted, named_tensors
+from torchtrim._copies import compacted, named_tensors, without_caches
 from torchtrim._graph import untried
 from torchtrim._history import remember
 from torchtrim._neurons import Kept, NeuronGraph, memory_of, silence
@@ -81,7 +81,7 @@ def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, N
             warnings.warn(f"left untrimmed: {left}: {reason}", TorchtrimWarning, stacklevel=3)
             kept = kept.copy()
             kept[list(blamed) or slice(None)] = True
-    return _own(model, trimmed), graph, kept
+    return _own(model, without_caches(trimmed) if graph.device == "meta" else trimmed), graph, kept
 
 
 def _graph_of(model: nn.Module, plan: Plan, example: Any) -> NeuronGraph:
