@@ -1,5 +1,6 @@
 """Try a trace on a cut: what the proof finds to be no good is read another way, or locked."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from torchtrim._surgery_attributes import set_attributes
 def tried(model: nn.Module, graph: NeuronGraph) -> NeuronGraph:
     """The graph in which all is locked that a trial cut shows to be no good."""
     others = _Readings(model, graph)
-    failed: set[tuple[type[nn.Module], frozenset[str]]] = set()  # classes of modules, and which of their layers
+    failed: set[tuple[str, frozenset[str]]] = set()  # reasons and layers, without their numbers
     failure = _try(model, graph)
     while failure is not None:
         if (other := others.next(graph, failure)) is not None:
@@ -26,29 +27,25 @@ def tried(model: nn.Module, graph: NeuronGraph) -> NeuronGraph:
                 graph, failure = other, again
             continue
         failure = failure if failure.blamed else _narrowed(model, graph, failure)
-        if failure.where is not None:
-            kind = type(model.get_submodule(failure.where))
-            layers = _blamed_below(graph, failure.where, failure.blamed)
-            if (kind, layers) in failed:  # twice is a habit of the class
-                failure = failure._replace(blamed=failure.blamed | _alike(model, graph, kind, layers))
-            failed.add((kind, layers))
+        names = frozenset(_pattern(name) for name in _of(graph, failure.blamed))
+        habit = _pattern(failure.reason), names
+        if habit in failed:  # twice is a habit of all layers that are called so
+            alike = [layer for name, layer in graph.layers.items() if _pattern(name) in names]
+            failure = failure._replace(blamed=failure.blamed.union(*(layer.roots.tolist() for layer in alike)))
+        failed.add(habit)
         graph = _regrouped(graph, graph.layers, failure.blamed, failure.reason)
         failure = _try(model, graph)
     return graph
 
 
-def _blamed_below(graph: NeuronGraph, module: str, blamed: set[int]) -> frozenset[str]:
-    """The layers of a module, by their names in it, that have some of these roots."""
-    inside = f"{module}." if module else ""
-    own = (layer for name, layer in graph.layers.items() if name.startswith(inside))
-    return frozenset(layer.name.removeprefix(inside) for layer in own if not blamed.isdisjoint(layer.roots.tolist()))
+def _pattern(text: str) -> str:
+    """Without the numbers by which repeated blocks differ."""
+    return re.sub(r"\d+", "N", text)
 
 
-def _alike(model: nn.Module, graph: NeuronGraph, kind: type[nn.Module], layers: frozenset[str]) -> set[int]:
-    """The roots of the layers of these names in all modules of a class."""
-    modules = (name for name, module in named_modules(model).items() if type(module) is kind)
-    names = [f"{module}.{layer}" if module else layer for module in modules for layer in layers]
-    return {int(root) for name in names if name in graph.layers for root in graph.layers[name].roots}
+def _of(graph: NeuronGraph, roots: set[int]) -> list[str]:
+    """The layers that have some of these roots."""
+    return [name for name, layer in graph.layers.items() if not roots.isdisjoint(layer.roots.tolist())]
 
 
 def trial(graph: NeuronGraph) -> Kept:
@@ -99,25 +96,25 @@ def _light(model: nn.Module, graph: NeuronGraph) -> dict[str, Tensor]:
 
 
 def _narrowed(model: nn.Module, graph: NeuronGraph, failure: Failure) -> Failure:
-    """A failure that blames nobody, with blame for the groups that fail without others, or else for all."""
+    """A failure that blames nobody, with blame for the first groups that fail without others, or else for all."""
     kept, light = trial(graph), _light(model, graph)
     groups: dict[str, set[int]] = {}
     for layer in graph.layers.values():
         groups.setdefault(layer.group, set()).update(layer.roots.tolist())
 
     def guilty(suspects: Sequence[set[int]]) -> set[int]:
-        """The roots of the groups of these that fail without all others, found by halving."""
+        """The roots of the first groups of these that fail without all others, found by halving."""
         alone = np.ones(len(kept), bool)
         roots = sorted(set().union(*suspects))
         alone[roots] = kept[roots]
         if alone.all() or attempt(model, graph, alone, light, keep=False)[1] is None:
             return set()
         half = len(suspects) // 2
-        return (guilty(suspects[:half]) | guilty(suspects[half:]) if half else set()) or set(roots)
+        return (half and (guilty(suspects[:half]) or guilty(suspects[half:]))) or set(roots)
 
     everything = list(groups.values())
     half = len(everything) // 2
-    blamed = guilty(everything[:half]) | guilty(everything[half:]) if half else set[int]()
+    blamed = (guilty(everything[:half]) or guilty(everything[half:])) if half else set[int]()
     return failure._replace(blamed=blamed or set().union(*everything))
 
 
