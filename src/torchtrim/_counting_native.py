@@ -86,7 +86,8 @@ def _entry(by_columns: bool, dtype: torch.dtype) -> Any:
     except RuntimeError:  # no place for the cache
         compiled = numba.cfunc(signature, **_OPTIONS)(loop)
     _compiled.append(compiled)
-    return _Entry(compiled.address)
+    address: Any = compiled.address
+    return _Entry(address)
 
 
 _compiled: list[Any] = []  # the machine code lives as long as its function
