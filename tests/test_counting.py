@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,24 +18,37 @@ NATIVE = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="n
 PATHS = pytest.mark.parametrize("path", ["plain", pytest.param("native", marks=NATIVE)])
 
 
-def count(values: torch.Tensor, kept: tuple[int, ...], path: str) -> Counts:
+def count(values: torch.Tensor, kept: tuple[int, ...], path: str, **options: Any) -> Counts:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHTRIM_COUNTING", path)
-        return _counting.count(values, kept)
+        return _counting.count(values, kept, **options)
 
 
-def slowly(values: torch.Tensor, kept: tuple[int, ...]) -> dict[str, np.ndarray]:
+def slowly(
+    values: torch.Tensor, kept: tuple[int, ...], examples: int | None = None, tolerance: float = 0.0
+) -> dict[str, np.ndarray]:
     shape = [size if axis in kept else 1 for axis, size in enumerate(values.shape)]
-    zeros, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    rows = values.shape[0] // (examples or 1) if values.ndim else 1
+    nonzero = np.zeros([examples or 1, *shape])  # by example
+    positions = np.zeros_like(nonzero)
     total, square = np.zeros(shape), np.zeros(shape)
     for place in itertools.product(*map(range, values.shape)):
         where = tuple(index if axis in kept else 0 for axis, index in enumerate(place))
+        example = place[0] // rows if examples else 0
         value = float(values[place])
-        zeros[where] += value == 0
-        positions[where] += 1
+        nonzero[example, *where] += abs(value) > tolerance
+        positions[example, *where] += 1
         total[where] += value
         square[where] += value * value
-    return {"zeros": zeros, "positions": positions, "total": total, "square": square}
+    return {
+        "zeros": (positions - nonzero).sum(0),
+        "positions": positions.sum(0),
+        "total": total,
+        "square": square,
+        "nonzero_square": np.square(nonzero).sum(0),
+        "nonzero_positions": (nonzero * positions).sum(0),
+        "positions_square": np.square(positions).sum(0),
+    }
 
 
 @PATHS
@@ -53,10 +67,17 @@ def test_equals_counting_one_by_one(path, shape, data, dtype) -> None:
     memory = torch.randn([shape[axis] for axis in order], generator=generator).clamp_min(0).mul(3)
     memory = memory.repeat_interleave(gaps, -1).to(dtype)[..., ::gaps]
     values = memory.permute([order.index(axis) for axis in range(len(shape))])
-    found, expected = count(values, kept, path), slowly(values, kept)
+    counts = [size for size in range(1, shape[0] + 1) if shape[0] % size == 0 and 0 not in kept]
+    examples = data.draw(st.sampled_from([None, *counts]))
+    tolerance = data.draw(st.sampled_from([0.0, 2.5]))
+    found = count(values, kept, path, examples=examples, tolerance=tolerance)
+    expected = slowly(values, kept, examples, tolerance)
     assert found.zeros.dtype == torch.int64
-    np.testing.assert_array_equal(found.zeros.numpy(), expected["zeros"])
-    assert found.positions == expected["positions"].flat[0]
+    assert found.examples == (examples or 1)
+    for name in ("zeros", "nonzero_square", "nonzero_positions"):
+        np.testing.assert_array_equal(getattr(found, name).numpy(), expected[name])
+    for name in ("positions", "positions_square"):
+        assert getattr(found, name) == expected[name].flat[0]
     np.testing.assert_allclose(found.total.numpy(), expected["total"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found.square.numpy(), expected["square"], rtol=1e-5, atol=1e-6)
 
@@ -86,11 +107,15 @@ def test_large_tensors(path, dtype, shape, kept, layout) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        found = count(values, kept, path)
+        examples = None if 0 in kept else shape[0]
+        found = count(values, kept, path, examples=examples)
     finally:
         torch.set_num_threads(threads)
     summed = [axis for axis in range(values.ndim) if axis not in kept]
     assert torch.equal(found.zeros, (values == 0).sum(summed, keepdim=True))
+    by_example = (values != 0).double()
+    by_example = by_example.sum(summed[1:], keepdim=True) if summed[1:] else by_example
+    assert torch.equal(found.nonzero_square, by_example.square().sum(0, keepdim=True))
     assert found.positions == values.numel() // found.zeros.numel()
     torch.testing.assert_close(found.total, values.double().sum(summed, keepdim=True), rtol=1e-5, atol=0)
     torch.testing.assert_close(found.square, values.double().square().sum(summed, keepdim=True), rtol=1e-5, atol=0)

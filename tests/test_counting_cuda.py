@@ -43,13 +43,14 @@ def place(index: int = 0) -> Any:
     return Site(index, "relu", "", "rectifier", (), UNKNOWN), 0
 
 
-def plainly(values: Tensor, kept: tuple[int, ...]) -> _counting.Counts:
+def plainly(values: Tensor, kept: tuple[int, ...], examples: int | None, tolerance: float) -> _counting.Counts:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHTRIM_COUNTING", "plain")
-        return _counting.count(values.cpu(), kept)
+        return _counting.count(values.cpu(), kept, examples=examples, tolerance=tolerance)
 
 
 @KERNELS
+@pytest.mark.parametrize(("rows", "tolerance"), [(1, 0.0), (2, 0.5), (None, 0.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "sliced"])
 @pytest.mark.parametrize(
@@ -69,7 +70,8 @@ def plainly(values: Tensor, kept: tuple[int, ...]) -> _counting.Counts:
         ((2, 1, 70_000), (1,)),
     ],
 )
-def test_equals_the_plain_path(shape, kept, layout, dtype) -> None:
+def test_equals_the_plain_path(shape, kept, layout, dtype, rows, tolerance) -> None:
+    """rows: of an example along the first axis; None where it does not hold examples."""
     kernels, here = tally(), place()
     expected: list[_counting.Counts] = []
     for batch, seed in enumerate([0, 1], 1):
@@ -78,14 +80,18 @@ def test_equals_the_plain_path(shape, kept, layout, dtype) -> None:
             values = values.movedim(1, -1).contiguous().movedim(-1, 1)
         elif layout == "sliced":
             values = values[..., 1:] if values.shape[-1] > 2 else values[1:]
-        kernels.add(here, values, kept)
+        fits = rows and 0 not in kept and len(values) % rows == 0
+        examples = len(values) // rows if fits else None
+        kernels.add(here, values, kept, examples, tolerance)
         kernels.commit(batch)
-        expected.append(plainly(values, kept))
+        expected.append(plainly(values, kept, examples, tolerance))
     whole = expected[0] + expected[1]
     (found,) = kernels.totals().values()
     assert kernels.bad() is None
-    assert torch.equal(found.zeros.cpu(), whole.zeros)
-    assert found.positions == whole.positions
+    for name in ("zeros", "nonzero_square", "nonzero_positions"):
+        assert torch.equal(getattr(found, name).cpu(), getattr(whole, name))
+    for name in ("positions", "positions_square", "examples"):
+        assert getattr(found, name) == getattr(whole, name)
     torch.testing.assert_close(found.total.cpu(), whole.total, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.square.cpu(), whole.square, rtol=1e-5, atol=1e-6)
 
@@ -101,11 +107,12 @@ def test_sums_do_not_depend_on_the_batches(shape, layout) -> None:
     for sizes in ([6], [1] * 6, [4, 2]):
         kernels, here = tally(), place()
         for batch, part in enumerate(values.split(sizes), 1):
-            kernels.add(here, part, (1,))
+            kernels.add(here, part, (1,), len(part))
             kernels.commit(batch)
         found += kernels.totals().values()
     for other in found[1:]:
         assert torch.equal(other.zeros, found[0].zeros)
+        assert torch.equal(other.nonzero_square, found[0].nonzero_square)
         torch.testing.assert_close(other.total, found[0].total, rtol=1e-14, atol=0)
         torch.testing.assert_close(other.square, found[0].square, rtol=1e-14, atol=0)
 

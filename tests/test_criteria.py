@@ -13,6 +13,8 @@ def profile(name="fc1", **changes):
         "positions": np.array([10, 10, 10]),
         "mean": np.array([0.0, 1.0, 2.0]),
         "mean_square": np.array([0.0, 2.0, 5.0]),
+        "standard_error": np.array([0.0, 0.15, 0.0]),
+        "examples": np.array([10, 10, 10]),
         "incoming_l1": np.array([1.0, 2.0, 3.0]),
         "incoming_l2": np.array([0.5, 1.5, 2.5]),
         "outgoing_l1": np.array([1.0, 1.0, 1.0]),

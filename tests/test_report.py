@@ -23,7 +23,7 @@ from torchtrim.errors import PlanError
 
 def layer(name: str, zeros: list[int], positions: int = 100, locked: str | None = None) -> LayerProfile:
     counts = np.array(zeros)
-    rest = {field: np.ones(counts.size) for field in ("mean", "mean_square", *NORMS)}
+    rest = {field: np.ones(counts.size) for field in ("mean", "mean_square", "standard_error", "examples", *NORMS)}
     unit = np.full(counts.size, -1) if locked else np.arange(counts.size)
     return LayerProfile(
         name, zeros=counts, positions=np.full(counts.size, positions), unit=unit, group=name, locked=locked, **rest

@@ -19,6 +19,8 @@ def layer(name, zeros, *, group=None, unit=None, locked=None, positions=100):
         positions=np.full(zeros.size, positions),
         mean=ones,
         mean_square=ones,
+        standard_error=ones / 100,
+        examples=np.full(zeros.size, positions),
         incoming_l1=ones,
         incoming_l2=ones,
         outgoing_l1=ones,

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from torchtrim._cost import measure
     from torchtrim._graph import trace
     from torchtrim._loop import Progressive, Round, Stop, iterate
+    from torchtrim._measure import profile
     from torchtrim._plan import LayerPlan, Plan
-    from torchtrim._profile import Profile, profile
+    from torchtrim._profile import Profile
     from torchtrim._run_directory import run
     from torchtrim._select import Fraction, MeanPlusStd, Threshold, select
     from torchtrim._store import load, save
@@ -54,7 +55,8 @@ _ROOMS = {
     "_graph": "trace",
     "_loop": "Progressive Round Stop iterate",
     "_plan": "LayerPlan Plan",
-    "_profile": "Profile profile",
+    "_measure": "profile",
+    "_profile": "Profile",
     "_run_directory": "run",
     "_select": "Fraction MeanPlusStd Threshold select",
     "_store": "load save",

@@ -4,8 +4,8 @@ Integers are exact whatever the batch size; nothing of the tensor is kept.
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from itertools import product
@@ -27,25 +27,28 @@ class Counts:
     """What was counted; every tensor has the shape that `kept` axes leave, with size 1 along the others.
 
     zeros: int64. positions: how many elements each entry stands for. total, square: float64, the sums of the values
-    and of their squares.
+    and of their squares. How an entry varies from example to example follows from three sums over examples, of its
+    elements that are not zero and its positions there: `nonzero_square` and `nonzero_positions`, float64, are the sums
+    of the first squared and of their product; `positions_square`, of the second squared. examples: how many they were.
     """
 
     zeros: Tensor
     positions: int
     total: Tensor
     square: Tensor
+    nonzero_square: Tensor
+    nonzero_positions: Tensor
+    positions_square: int
+    examples: int
 
     def __add__(self, other: Self) -> "Counts":
-        return Counts(
-            self.zeros + other.zeros,
-            self.positions + other.positions,
-            self.total + other.total,
-            self.square + other.square,
-        )
+        return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
-    def cpu(self) -> "Counts":
-        """The same, on the CPU."""
-        return Counts(self.zeros.cpu(), self.positions, self.total.cpu(), self.square.cpu())
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Counts":
+        """The same, with what the function makes of every tensor."""
+        found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        found |= {key: function(one) for key, one in found.items() if isinstance(one, Tensor)}
+        return Counts(**found)
 
     @property
     def finite(self) -> bool:
@@ -53,23 +56,39 @@ class Counts:
         return bool(torch.isfinite(self.square).all())
 
 
-def count(values: Tensor, kept: Sequence[int]) -> Counts:
+def count(values: Tensor, kept: Sequence[int], *, examples: int | None = None, tolerance: float = 0.0) -> Counts:
     """Count over all axes of `values` other than `kept`.
+
+    examples: how many the first axis holds, each of as many rows; None where it holds something else, so that the
+    tensor is one example. tolerance: up to which size a value counts as zero; a number in single precision.
 
     The sums run over one example in single precision and from there on in double precision, so that they do not
     depend on how examples are batched.
     """
-    view = arranged(values, kept)
+    view = arranged(values, kept, examples)
     native = native_room(values.device.type) if values.device.type == "cpu" else None
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     if native is not None and values.dtype in native.DTYPES and values.numel():
-        nonzero, total, square = torch.from_numpy(native.sums(view))
+        found = torch.from_numpy(native.sums(view, tolerance))
     else:
-        nonzero, total, square = _sums(view, torch.float64 if values.dtype == torch.float64 else torch.float32)
-    if not torch.isfinite(square).all():  # NaN and infinity, or squares that single precision cannot hold
-        nonzero, total, square = _sums(view, torch.float64)
-    positions = view.shape[0] * view.shape[2]
+        found = _sums(view, dtype, tolerance)
+    if not torch.isfinite(found[2]).all():  # NaN and infinity, or squares that single precision cannot hold
+        found = _sums(view, torch.float64, tolerance)
+    nonzero, total, square, nonzero_square = found
+    rows, each = (1, view.shape[0] * view.shape[2]) if examples is None else (view.shape[0], view.shape[2])
+    if examples is None:
+        nonzero_square = nonzero.square()
     shape = [size if axis in kept else 1 for axis, size in enumerate(values.shape)]
-    return Counts((positions - nonzero.long()).view(shape), positions, total.view(shape), square.view(shape))
+    return Counts(
+        (rows * each - nonzero.long()).view(shape),
+        rows * each,
+        total.view(shape),
+        square.view(shape),
+        nonzero_square.view(shape),
+        (nonzero * each).view(shape),
+        rows * each**2,
+        rows,
+    )
 
 
 def native_room(device: str) -> Any | None:
@@ -107,13 +126,16 @@ def _imported(device: str) -> Any:
         return error
 
 
-def _sums(view: Tensor, dtype: torch.dtype) -> Tensor:
-    """How many elements of each neuron are not zero, their sum, and the sum of their squares: float64 [3, kept].
+def _sums(view: Tensor, dtype: torch.dtype, tolerance: float) -> Tensor:
+    """How many elements of each neuron are not zero, their sum, and the sum of their squares: float64 [4, kept].
+
+    The last are the sums over examples of the first, squared.
 
     view: [examples, kept, inner]. It is read from memory once, in blocks that stay in the cache while they are read
     again. Sums are in `dtype` up to one example.
     """
-    if view.shape[2] == 1:  # each element is an example
+    single = view.shape[2] == 1
+    if single:  # each element is an example
         view, dtype = view.transpose(0, 2), torch.float64
     along = 1 if columns(view) else 2
     view = view.transpose(1, 2) if along == 1 else view
@@ -133,7 +155,13 @@ def _sums(view: Tensor, dtype: torch.dtype) -> Tensor:
         place: list[Any] = [slice(example, example + examples), slice(row, row + rows), slice(column, column + width)]
         place[along] = row // rows if along == 1 else column // width
         found = parts[:, *place]
-        torch.sum(torch.ne(one, 0, out=scratch), along, out=found[0])
+        if tolerance:
+            torch.gt(torch.abs(one, out=scratch), tolerance, out=scratch)
+        else:
+            torch.ne(one, 0, out=scratch)
+        torch.sum(scratch, along, out=found[0])
         torch.sum(one, along, out=found[1])
         torch.sum(torch.mul(one, one, out=scratch), along, out=found[2])
-    return parts.sum((1, along + 1), dtype=torch.float64)
+    by_example = parts[0].sum(along, dtype=torch.float64)
+    sums = parts.sum((1, along + 1), dtype=torch.float64)
+    return torch.cat([sums, sums[:1] if single else by_example.square().sum(0)[None]])

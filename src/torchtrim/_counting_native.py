@@ -38,8 +38,11 @@ _BLOCK = 4096  # elements of a row that are summed in single precision
 _ROWS = 256  # rows that are summed in single precision
 
 
-def sums(view: Tensor) -> npt.NDArray[np.float64]:
-    """What a tensor holds for each neuron: float64 [3, kept]; how many are not zero, their sum, and their squares' sum.
+def sums(view: Tensor, tolerance: float) -> npt.NDArray[np.float64]:
+    """What a tensor holds for each neuron: float64 [4, kept].
+
+    How many elements are larger than the tolerance, their sum and their squares' sum, and the sum over examples of the
+    first, squared.
 
     view: [examples, kept, inner] as `arranged` gives it, on the CPU, of one of DTYPES.
     """
@@ -50,16 +53,20 @@ def sums(view: Tensor) -> npt.NDArray[np.float64]:
     step = min(kept, _TILE) if by_columns else -(-kept // pieces)
     tiles = -(-kept // step)
     groups = min(examples, -(-pieces // tiles))
-    found = np.zeros((groups, 3, kept))
+    found = np.zeros((groups, 4, kept))
     sizes = (0, groups, tiles, step, examples, kept, inner)
-    task = np.array([*sizes, *view.stride(), view.data_ptr(), found.ctypes.data], np.int64)
+    limit = np.float64(tolerance).view(np.int64)
+    task = np.array([*sizes, *view.stride(), view.data_ptr(), found.ctypes.data, limit], np.int64)
     entry = _entry(by_columns, view.dtype)
     team = _team()
     if threads > 1 and team is not None:
         team(entry, task.ctypes.data, min(threads, groups * tiles), 0)
     else:
         entry(task.ctypes.data)
-    return found.sum(0)
+    total = found.sum(0)
+    if inner == 1:
+        total[3] = total[0]  # each element is an example
+    return total
 
 
 _Entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -118,6 +125,11 @@ def _doubles(context: Any, number: Any) -> Any:
 
 
 @intrinsic
+def _reals(context: Any, task: Any) -> Any:
+    return _address(types.CPointer(types.float64), types.CPointer(types.float64)(task))
+
+
+@intrinsic
 def _elements(context: Any, number: Any, task: Any) -> Any:
     return _address(task, task(number, task))
 
@@ -141,6 +153,17 @@ def _zero(context: Any, task: Any) -> Any:
     """Zero in the precision of the sums."""
     kind = _wide(task.dtype)
     return kind(task), lambda context, builder, signature, arguments: context.get_constant(kind, 0)
+
+
+@intrinsic
+def _limit(context: Any, number: Any, task: Any) -> Any:
+    """A number in the precision of the sums."""
+    kind = _wide(task.dtype)
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.cast(builder, arguments[0], types.float64, kind)
+
+    return kind(number, task), build
 
 
 @intrinsic
@@ -175,6 +198,7 @@ def _rows(task):
         numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6])  # fmt: skip
     per_example, per_kept = numbers[7], numbers[8]
     values, found, zero = _elements(numbers[10], task), _doubles(numbers[11]), _zero(task)
+    limit = _limit(_reals(task)[12], task)
     while True:
         unit = _next(numbers)
         if unit >= groups * tiles:
@@ -183,17 +207,20 @@ def _rows(task):
         for example in range(examples * group // groups, examples * (group + 1) // groups):
             for place in range(first, min(first + step, kept)):
                 row = example * per_example + place * per_kept
-                into = group * 3 * kept + place
+                into = group * 4 * kept + place
+                seen = 0.0
                 for start in range(row, row + inner, _BLOCK):
                     count, total, square = np.int32(0), zero, zero
                     for index in range(start, min(start + _BLOCK, row + inner)):
                         value = _value(values[index])
-                        count = np.int32(count + np.int32(value != zero))
+                        count = np.int32(count + np.int32(abs(value) > limit))
                         total += value
                         square += value * value
-                    found[into] += count
+                    seen += count
                     found[into + kept] += total
                     found[into + 2 * kept] += square
+                found[into] += seen
+                found[into + 3 * kept] += seen * seen
 
 
 def _columns(task):
@@ -203,8 +230,9 @@ def _columns(task):
         numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6])  # fmt: skip
     per_example, per_row = numbers[7], numbers[9]
     values, found, zero = _elements(numbers[10], task), _doubles(numbers[11]), _zero(task)
+    limit = _limit(_reals(task)[12], task)
     counts, totals, squares = np.zeros(_TILE, np.int32), np.full(_TILE, zero), np.full(_TILE, zero)
-    wide_totals, wide_squares = np.zeros(_TILE), np.zeros(_TILE)
+    wide_totals, wide_squares, seen = np.zeros(_TILE), np.zeros(_TILE), np.zeros(_TILE)
     while True:
         unit = _next(numbers)
         if unit >= groups * tiles:
@@ -212,24 +240,27 @@ def _columns(task):
         group, first = unit // tiles, (unit % tiles) * step
         width = min(step, kept - first)
         start, stop = examples * group // groups, examples * (group + 1) // groups
-        into = group * 3 * kept + first
+        into = group * 4 * kept + first
         if inner == 1:  # every row is an example
             for row in range(start, stop, _ROWS):
                 rows = min(_ROWS, stop - row)
                 place = first + row * per_example
-                _add(values, place, rows, per_example, width, counts, wide_totals, wide_squares, 0.0)
-                _empty(found, into, kept, width, counts, wide_totals, wide_squares)
+                _add(values, place, rows, per_example, width, counts, wide_totals, wide_squares, 0.0, limit)
+                _empty(found, into, kept, width, counts, wide_totals, wide_squares, seen)
             continue
         for example in range(start, stop):
+            seen[:width] = 0
             for row in range(0, inner, _ROWS):
                 rows = min(_ROWS, inner - row)
                 place = first + example * per_example + row * per_row
-                _add(values, place, rows, per_row, width, counts, totals, squares, zero)
-                _empty(found, into, kept, width, counts, totals, squares)
+                _add(values, place, rows, per_row, width, counts, totals, squares, zero, limit)
+                _empty(found, into, kept, width, counts, totals, squares, seen)
+            for index in range(width):
+                found[into + 3 * kept + index] += seen[index] * seen[index]
 
 
 @numba.njit(**_OPTIONS)
-def _add(values, start, rows, per_row, width, counts, totals, squares, zero):
+def _add(values, start, rows, per_row, width, counts, totals, squares, zero, limit):
     """Add up rows in the precision of `zero`, four at a time, which spares the way to the sums and back."""
     for row in range(0, rows - 3, 4):
         first = start + row * per_row
@@ -239,25 +270,27 @@ def _add(values, start, rows, per_row, width, counts, totals, squares, zero):
             b = _value(values[second + index]) + zero
             c = _value(values[third + index]) + zero
             d = _value(values[fourth + index]) + zero
-            count = np.int32(a != zero) + np.int32(b != zero) + np.int32(c != zero) + np.int32(d != zero)
+            count = np.int32(abs(a) > limit) + np.int32(abs(b) > limit)
+            count = np.int32(count) + np.int32(abs(c) > limit) + np.int32(abs(d) > limit)
             counts[index] = np.int32(counts[index] + np.int32(count))
             totals[index] += (a + b) + (c + d)
             squares[index] += (a * a + b * b) + (c * c + d * d)
     for row in range(rows - rows % 4, rows):
         for index in range(width):
             a = _value(values[start + row * per_row + index]) + zero
-            counts[index] = np.int32(counts[index] + np.int32(a != zero))
+            counts[index] = np.int32(counts[index] + np.int32(abs(a) > limit))
             totals[index] += a
             squares[index] += a * a
 
 
 @numba.njit(**_OPTIONS)
-def _empty(found, into, kept, width, counts, totals, squares):
-    """Move the sums of a tile to what was found."""
+def _empty(found, into, kept, width, counts, totals, squares, seen):
+    """Move the sums of a tile to what was found, and its counts to those of the example."""
     for index in range(width):
         found[into + index] += counts[index]
         found[into + kept + index] += totals[index]
         found[into + 2 * kept + index] += squares[index]
+        seen[index] += counts[index]
     counts[:width] = 0
     totals[:width] = 0
     squares[:width] = 0

@@ -25,13 +25,14 @@ _ENTRIES = _PARTS = 32  # neurons that a program of `_commit` adds up, and how m
 
 @triton.jit(do_not_specialize=["examples", "kept", "inner"])
 def _count(
-    values, nonzero, total, square, examples, kept, inner, per_example, per_kept, per_inner,
+    values, nonzero, total, square, nonzero_square, nonzero_positions, examples, kept, inner,
+    per_example, per_kept, per_inner, tolerance,
     WIDE: tl.constexpr, DTYPE: tl.constexpr, NEURONS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Add what a tensor [examples, kept, inner] holds of some neurons in some examples to the sums of this part.
 
-    Each lane sums one example in DTYPE, and in double precision from there on; with WIDE there is one example, whose
-    inner elements are divided among the parts, and all sums are in double precision.
+    Each lane sums one example in DTYPE, and in double precision from there on; with WIDE each inner element is an
+    example, they are divided among the parts, and all sums are in double precision.
     """
     part, parts = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     neuron = tl.program_id(0).to(tl.int64) * NEURONS + tl.arange(0, NEURONS)
@@ -46,7 +47,9 @@ def _count(
     count = tl.zeros([NEURONS, INNER], tl.int32)
     totals = tl.zeros([NEURONS, INNER], tl.float64)
     squares = tl.zeros([NEURONS, INNER], tl.float64)
+    seen = tl.zeros([NEURONS, INNER], tl.int64)
     for example in range(first, last):
+        own = tl.zeros([NEURONS, INNER], tl.int32)
         one = tl.zeros([NEURONS, INNER], DTYPE)
         two = tl.zeros([NEURONS, INNER], DTYPE)
         for index in range(start, stop, INNER):
@@ -54,9 +57,13 @@ def _count(
             here = known[:, None] & (place < stop)[None, :]
             where = values + example * per_example + neuron[:, None] * per_kept + place[None, :] * per_inner
             value = tl.load(where, mask=here, other=0.0).to(DTYPE)
-            count += (value != 0).to(tl.int32)
+            own += (tl.abs(value) > tolerance).to(tl.int32)
             one += value
             two += value * value
+        count += own
+        if not WIDE:
+            # Not the square of the sum: of a sum that is used twice in a loop, Triton 3.6 makes nothing.
+            seen += own.to(tl.int64) * tl.sum(own, 1)[:, None].to(tl.int64)
         totals += one.to(tl.float64)
         squares += two.to(tl.float64)
     found = tl.sum(squares, 1)
@@ -74,14 +81,24 @@ def _count(
                 squares += value * value
         found = tl.sum(squares, 1)
     into = part * kept + neuron
-    tl.store(nonzero + into, tl.load(nonzero + into, mask=known) + tl.sum(count.to(tl.int64), 1), mask=known)
-    tl.store(total + into, tl.load(total + into, mask=known) + tl.sum(totals, 1), mask=known)
-    tl.store(square + into, tl.load(square + into, mask=known) + found, mask=known)
+    counted = tl.sum(count.to(tl.int64), 1)
+    pairs = counted if WIDE else tl.sum(seen, 1)
+    _add(nonzero + into, counted, known)
+    _add(total + into, tl.sum(totals, 1), known)
+    _add(square + into, found, known)
+    _add(nonzero_square + into, pairs.to(tl.float64), known)
+    _add(nonzero_positions + into, (counted if WIDE else counted * inner).to(tl.float64), known)
+
+
+@triton.jit
+def _add(place, value, known):
+    tl.store(place, tl.load(place, mask=known) + value, mask=known)
 
 
 @triton.jit(do_not_specialize=["entries", "batch"])
 def _commit(
-    nonzero, total, square, starts, steps, counts, all_nonzero, all_total, all_square, bad, entries, batch,
+    nonzero, total, square, nonzero_square, nonzero_positions, starts, steps, counts,
+    all_nonzero, all_total, all_square, all_nonzero_square, all_nonzero_positions, bad, entries, batch,
     ENTRIES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Move the sums of a batch to those of all batches, and note in which batch they were first not finite."""
@@ -90,25 +107,29 @@ def _commit(
     start = tl.load(starts + entry, mask=known, other=0)
     step = tl.load(steps + entry, mask=known, other=0)
     count = tl.load(counts + entry, mask=known, other=0)
-    zeros = tl.zeros([ENTRIES, PARTS], tl.int64)
-    ones, twos = tl.zeros([ENTRIES, PARTS], tl.float64), tl.zeros([ENTRIES, PARTS], tl.float64)
-    for first in range(0, tl.max(count, 0), PARTS):
-        part = first + tl.arange(0, PARTS)
-        here = part[None, :] < count[:, None]
-        place = start[:, None] + part[None, :] * step[:, None]
-        zeros += tl.load(nonzero + place, mask=here, other=0)
-        ones += tl.load(total + place, mask=here, other=0.0)
-        twos += tl.load(square + place, mask=here, other=0.0)
-        tl.store(nonzero + place, tl.zeros([ENTRIES, PARTS], tl.int64), mask=here)
-        tl.store(total + place, tl.zeros([ENTRIES, PARTS], tl.float64), mask=here)
-        tl.store(square + place, tl.zeros([ENTRIES, PARTS], tl.float64), mask=here)
-    two = tl.sum(twos, 1)  # outside of the loop: of a sum in it that is used twice, Triton 3.6 makes nothing
-    tl.store(all_nonzero + entry, tl.load(all_nonzero + entry, mask=known) + tl.sum(zeros, 1), mask=known)
-    tl.store(all_total + entry, tl.load(all_total + entry, mask=known) + tl.sum(ones, 1), mask=known)
-    tl.store(all_square + entry, tl.load(all_square + entry, mask=known) + two, mask=known)
+    _move(nonzero, all_nonzero + entry, start, step, count, known, tl.int64, ENTRIES, PARTS)
+    _move(total, all_total + entry, start, step, count, known, tl.float64, ENTRIES, PARTS)
+    two = _move(square, all_square + entry, start, step, count, known, tl.float64, ENTRIES, PARTS)
+    _move(nonzero_square, all_nonzero_square + entry, start, step, count, known, tl.float64, ENTRIES, PARTS)
+    _move(nonzero_positions, all_nonzero_positions + entry, start, step, count, known, tl.float64, ENTRIES, PARTS)
     before = tl.load(bad + entry, mask=known, other=0)
     lost = (before == 0) & ~(two < float("inf"))
     tl.store(bad + entry, tl.where(lost, batch, before), mask=known)
+
+
+@triton.jit
+def _move(sums, into, start, step, count, known, KIND: tl.constexpr, ENTRIES: tl.constexpr, PARTS: tl.constexpr):
+    """Add up the parts of some entries, leave zeros in their place, and give the sum."""
+    found = tl.zeros([ENTRIES, PARTS], KIND)
+    for first in range(0, tl.max(count, 0), PARTS):
+        part = first + tl.arange(0, PARTS)
+        here = part[None, :] < count[:, None]
+        place = sums + start[:, None] + part[None, :] * step[:, None]
+        found += tl.load(place, mask=here, other=0)
+        tl.store(place, tl.zeros([ENTRIES, PARTS], KIND), mask=here)
+    summed = tl.sum(found, 1)  # outside of the loop: of a sum in it that is used twice, Triton 3.6 makes nothing
+    _add(into, summed, known)
+    return summed
 
 
 @dataclass(slots=True)
@@ -120,8 +141,8 @@ class _Slot:
     start: int
     parts: int
     first: int
-    pending: int = 0  # positions
-    positions: int = 0
+    pending: tuple[int, int, int] = (0, 0, 0)  # positions, their squares' sum over examples, examples
+    counted: tuple[int, int, int] = (0, 0, 0)
 
 
 class DeviceTally:
@@ -130,7 +151,7 @@ class DeviceTally:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._slots: dict[Place, _Slot] = {}
-        kinds = (torch.int64, torch.float64, torch.float64)
+        kinds = (torch.int64, *[torch.float64] * 4)
         self._sums = [
             torch.zeros(0, dtype=kind, device=device) for kind in kinds
         ]  # of the batch, [slots × parts × kept]
@@ -138,15 +159,17 @@ class DeviceTally:
         self._bad = torch.zeros(0, dtype=torch.int32, device=device)
         self._tables: list[Tensor] | None = None  # for each neuron of each place: first sum, step to the next, parts
 
-    def add(self, place: Place, values: Tensor, kept: Sequence[int]) -> None:
-        view = arranged(values, kept)
-        examples, width, inner = view.shape
+    def add(
+        self, place: Place, values: Tensor, kept: Sequence[int], examples: int | None = None, tolerance: float = 0.0
+    ) -> None:
+        view = arranged(values, kept, examples or (1 if values.ndim else None))
+        rows, width, inner = view.shape
         strides = view.stride()
         if not view.numel():
             return
         wide = inner == 1  # each element is an example
         if wide:
-            examples, inner, strides = 1, examples, (0, strides[1], strides[0])
+            rows, inner, strides = 1, rows, (0, strides[1], strides[0])
         side_by_side = columns(view)
         neurons = min(triton.next_power_of_2(width), _NEURONS if side_by_side else _TILE)
         along = min(triton.next_power_of_2(inner), _TILE)
@@ -156,21 +179,23 @@ class DeviceTally:
             neurons = min(neurons, _TILE // along)
         tiles = triton.cdiv(width, neurons)
         slot = self._slots.get(place) or self._allocate(place, values, kept, width, triton.cdiv(_PROGRAMS, tiles))
-        parts = min(slot.parts, triton.cdiv(inner, along) if wide else examples)
+        parts = min(slot.parts, triton.cdiv(inner, along) if wide else rows)
         with self._here():
             _count[tiles, parts](
-                view, *(sums[slot.start :] for sums in self._sums), examples, width, inner, *strides,
+                view, *(sums[slot.start :] for sums in self._sums), rows, width, inner, *strides, tolerance,
                 WIDE=wide, DTYPE=tl.float64 if wide or values.dtype == torch.float64 else tl.float32,
                 NEURONS=neurons, INNER=along,
             )  # fmt: skip
-        slot.pending += view.shape[0] * view.shape[2]
+        rows, _, each = view.shape
+        positions, squares, seen = slot.pending
+        slot.pending = (positions + rows * each, squares + rows * each**2, seen + rows)
 
     def drop(self) -> None:
-        if any(slot.pending for slot in self._slots.values()):
+        if any(slot.pending[0] for slot in self._slots.values()):
             for sums in self._sums:
                 sums.zero_()
             for slot in self._slots.values():
-                slot.pending = 0
+                slot.pending = (0, 0, 0)
 
     def commit(self, batch: int) -> None:
         if not self._slots:
@@ -185,8 +210,8 @@ class DeviceTally:
                 *self._sums, *self._tables, *self._all, self._bad, entries, batch, ENTRIES=_ENTRIES, PARTS=_PARTS
             )
         for slot in self._slots.values():
-            slot.positions += slot.pending
-            slot.pending = 0
+            first, second, third = (here + new for here, new in zip(slot.counted, slot.pending, strict=True))
+            slot.counted, slot.pending = (first, second, third), (0, 0, 0)
 
     def bad(self) -> tuple[int, Place] | None:
         flags = self._bad.cpu()
@@ -203,10 +228,11 @@ class DeviceTally:
     def totals(self) -> Totals:
         found: Totals = {}
         for place, slot in self._slots.items():
-            nonzero, total, square = (
+            nonzero, *others = (
                 sums[slot.first : slot.first + slot.kept].clone().view(slot.shape) for sums in self._all
             )
-            found[place] = Counts(slot.positions - nonzero, slot.positions, total, square)
+            positions, squares, examples = slot.counted
+            found[place] = Counts(positions - nonzero, positions, *others, squares, examples)
         return found
 
     def _allocate(self, place: Place, values: Tensor, kept: Sequence[int], width: int, parts: int) -> _Slot:

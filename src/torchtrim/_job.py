@@ -28,8 +28,9 @@ from torchtrim._data import batches
 from torchtrim._files import write_whole
 from torchtrim._graph import trace
 from torchtrim._loop import Progressive, Round, Stop, iterate
+from torchtrim._measure import profile, unmeasured
 from torchtrim._picture import picture
-from torchtrim._profile import Profile, profile, unmeasured
+from torchtrim._profile import Profile
 from torchtrim._report import Ancestor, RoundTable, advice, profile_table, says_nothing
 from torchtrim._run_directory import RunDirectory
 from torchtrim._select import MeanPlusStd, Rule, check_layers

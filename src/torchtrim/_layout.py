@@ -6,13 +6,16 @@ from math import prod
 from torch import Tensor
 
 
-def arranged(values: Tensor, kept: Sequence[int]) -> Tensor:
+def arranged(values: Tensor, kept: Sequence[int], examples: int | None = None) -> Tensor:
     """`values` as [examples, kept, inner], of which counting sums over the first and the last axis.
 
-    The first axis of `values` is the examples, unless it is kept; then there is one. The order of the inner elements
-    is that of the memory. Either `kept` or `inner` lies contiguously in memory: `columns` says which. A tensor whose
-    memory has another form is copied.
+    The first axis of `values` is the examples, unless it is kept; then there is one. Where it holds more rows than
+    there are examples (windows, tokens), those of an example follow each other, and are inner. The order of the inner
+    elements is that of the memory. Either `kept` or `inner` lies contiguously in memory: `columns` says which. A tensor
+    whose memory has another form is copied.
     """
+    if examples and values.shape[0] != examples:
+        values, kept = values.unflatten(0, (examples, -1)), [axis + 1 for axis in kept]
     first = [0] if values.ndim and 0 not in kept else []
     rest = [axis for axis in range(len(first), values.ndim) if axis not in kept]
     rest.sort(key=values.stride, reverse=True)

@@ -19,8 +19,9 @@ from torchtrim import criteria
 from torchtrim._cost import Cost, measure_beside
 from torchtrim._graph import trace
 from torchtrim._history import history
+from torchtrim._measure import Forward, profile, unmeasured
 from torchtrim._plan import Plan
-from torchtrim._profile import Forward, Profile, profile, unmeasured
+from torchtrim._profile import Profile
 from torchtrim._select import Rule, check_layers, resolve_rule, select
 from torchtrim._surgery import trim
 from torchtrim.criteria import Criterion

@@ -1,14 +1,9 @@
-"""Run a model over data and measure how often each of its neurons is silent.
-
-`profile` counts at the model's activation sites: on the tensors that the activation functions return, wherever and
-however often they are called. Every site's counts go to the neurons whose labels reach it (`_graph.py`).
-"""
+"""What was measured of a model: every neuron's share of zeros and moments, and how far to trust them."""
 
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,23 +11,20 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from torchtrim._activations import KINDS, Kind
-from torchtrim._copies import named_tensors
-from torchtrim._counting import Counts, native_room
+from torchtrim._counting import Counts
 from torchtrim._files import write_whole
-from torchtrim._flow import Site
-from torchtrim._graph import Layer, NeuronGraph
-from torchtrim._tally import Totals
-from torchtrim._watch import NotFiniteError, Watch
 from torchtrim.criteria import Floats, Integers, LayerProfile
-from torchtrim.errors import ProfileError, StoreError, TraceError
+from torchtrim.errors import ProfileError, StoreError
 
 _FORMAT = "torchtrim-profile"
-_VERSION = 1
-_ARRAYS = tuple(field.name for field in fields(LayerProfile) if field.name not in ("name", "group", "locked"))
+_VERSION = 2
+_WORDS = ("name", "group", "locked")
+_ARRAYS = tuple(one.name for one in fields(LayerProfile) if one.name not in _WORDS)
+_CALL = ("index", "operator", "module", "kind", "factor")
+_TENSORS = ("zeros", "total", "square", "nonzero_square", "nonzero_positions")
+_NUMBERS = ("positions", "positions_square", "examples")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +43,93 @@ class SiteProfile:
     positions: Integers
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one activation call counted, entry by entry: of a channel, or of each of its positions behind a flatten.
+
+    factor: which of the labels of its tensor. roots: int64 [entries], the neuron of each. counts: tensors [entries].
+    """
+
+    index: int
+    operator: str
+    module: str
+    kind: Kind
+    factor: int
+    roots: Integers
+    counts: Counts
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for parts that can be added up."""
+        return self.index, self.operator, self.module, self.kind, self.factor, self.roots.tobytes()
+
+    @cached_property
+    def _unique(self) -> tuple[Any, Any]:
+        return np.unique(self.roots, return_inverse=True)
+
+    @cached_property
+    def _share(self) -> "_Share":
+        counts = self.counts
+        zeros, total, square = (one.numpy() for one in (counts.zeros, counts.total, counts.square))
+        positions = np.full(zeros.size, counts.positions)
+        return _Share(zeros, positions, total, square, _deviation(counts), np.full(zeros.size, counts.examples))
+
+    def of(self, roots: Integers) -> "_Share | None":
+        """What was counted of a layer's neurons; None if it has none here."""
+        if np.array_equal(self.roots, roots):
+            return self._share  # neurons that only go together still keep counts of their own
+        unique, inverse = self._unique
+        place = np.searchsorted(unique, roots).clip(max=unique.size - 1)
+        here = (unique[place] == roots) & (roots > 0)
+        if not here.any():
+            return None
+        gathered: list[Any] = []
+        for name, array in self._share._asdict().items():
+            sums = np.zeros(unique.size, array.dtype)
+            (np.maximum if name == "examples" else np.add).at(sums, inverse, array)
+            gathered.append(np.where(here, sums[place], 0))
+        return _Share(*gathered)
+
+
+def _deviation(counts: Counts) -> Floats:
+    """How far the zeros of an entry are from their share of its positions, example by example: float64 [entries].
+
+    The root of the sum over examples of (zeros - share · positions)², times examples / (examples - 1). Over all
+    positions it is the standard error of the share, a ratio of sums over examples (Cochran, "Sampling Techniques",
+    1977, equation 6.13). Infinite of one example.
+    """
+    if counts.examples < 2:
+        return np.full(counts.zeros.numel(), np.inf)
+    share = 1 - counts.zeros.double() / counts.positions  # of what is not zero, which deviates as much
+    squares = counts.nonzero_square - 2 * share * counts.nonzero_positions + share.square() * counts.positions_square
+    return (squares.clamp_min(0) * (counts.examples / (counts.examples - 1))).sqrt().numpy()
+
+
+class _Share(NamedTuple):
+    """The counts of some neurons: int64 or float64, [neurons] each.
+
+    Deviations add up as if they all went the same way, so that the standard error of a neuron with several entries or
+    sites is an upper bound.
+    """
+
+    zeros: Integers
+    positions: Integers
+    total: Floats
+    square: Floats
+    deviation: Floats
+    examples: Integers
+
+    def plus(self, other: "_Share") -> "_Share":
+        sums: list[Any] = [mine + theirs for mine, theirs in zip(self, other, strict=True)]
+        return _Share(*sums)._replace(examples=np.maximum(self.examples, other.examples))
+
+
 class Profile(Mapping[str, LayerProfile]):
     """What was measured of a model: a `LayerProfile` for each layer, in the order of execution.
 
-    `zeros`, `positions`, `apoz` and `mean` hold one array per layer with one entry per neuron; `examples` is how many
-    examples were seen; `sites` lists what each activation call contributed; `through_norms` is as in `trace`.
+    `zeros`, `positions`, `apoz`, `standard_error` and `mean` hold one array per layer with one entry per neuron;
+    `examples` is how many examples were seen; `sites` lists what each activation call contributed; `notes` says what
+    to beware of; `through_norms` is as in `trace`, `zero_tolerance` as in `profile`.
     `print(profile)` shows the mean APoZ by layer, as table 1 of Hu et al., "Network Trimming", 2016, does.
     """
 
@@ -63,14 +137,18 @@ class Profile(Mapping[str, LayerProfile]):
         self,
         layers: Mapping[str, LayerProfile],
         examples: int,
-        sites: Mapping[str, tuple[SiteProfile, ...]] | None = None,
         *,
+        parts: Iterable[Part] = (),
+        roots: Mapping[str, Integers] | None = None,
         through_norms: bool = False,
+        zero_tolerance: float = 0.0,
     ) -> None:
         self.layers = dict(layers)
         self.examples = examples
-        self.sites = dict(sites or {})
         self.through_norms = through_norms
+        self.zero_tolerance = zero_tolerance
+        self._parts = tuple(parts)
+        self._roots = dict(roots or {})
 
     def __getitem__(self, name: str) -> LayerProfile:
         return self.layers[name]
@@ -94,6 +172,10 @@ class Profile(Mapping[str, LayerProfile]):
         return {name: layer.apoz for name, layer in self.layers.items()}
 
     @property
+    def standard_error(self) -> dict[str, Floats]:
+        return {name: layer.standard_error for name, layer in self.layers.items()}
+
+    @property
     def mean(self) -> dict[str, Floats]:
         return {name: layer.mean for name, layer in self.layers.items()}
 
@@ -101,28 +183,78 @@ class Profile(Mapping[str, LayerProfile]):
     def widths(self) -> dict[str, int]:
         return {name: layer.width for name, layer in self.layers.items()}
 
+    @cached_property
+    def sites(self) -> dict[str, tuple[SiteProfile, ...]]:
+        return {name: _sites(self._parts, self._roots[name]) if self._roots else () for name in self.layers}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to beware of: figures that are uncertain, and figures that say little."""
+        seen = [layer for layer in self.layers.values() if layer.positions.any()]
+        typical = float(np.median(np.concatenate([[0.0], *map(_half_widths, seen)])))
+        notes = [f"few examples: half of the neurons' APoZ is known to ± {100 * typical:.1f} % or worse; measure more"]
+        notes = notes if typical > _TOO_WIDE else []
+        constant = [layer.name for layer in seen if layer.width > 1 and np.ptp(layer.apoz) == 0]
+        without = [name for name in constant if not self[name].zeros.any()]
+        if without:
+            how = "a larger zero_tolerance" if self.zero_tolerance else "zero_tolerance=0.01"
+            calls = sorted({site.operator for name in without for site in self.sites[name]})
+            notes.append(
+                f"no zeros after {', '.join(calls)} in {_some(without)}: APoZ says nothing there; measure with {how}, "
+                "or choose by another criterion"
+            )
+        alike = [name for name in constant if name not in without]
+        if alike:
+            notes.append(f"all neurons have the same APoZ in {_some(alike)}: it gives no reason to choose among them")
+        return tuple(notes)
+
+    def merge(self, *others: "Profile") -> "Profile":
+        """This profile and others of the same model, measured over other data, as one measured over all of it.
+
+        `Profile.merge(first, second)` does as well. Raises ProfileError where they are not of the same model, weights
+        included, or were measured otherwise.
+        """
+        for other in others:
+            if differs := _difference(self, other):
+                raise ProfileError(
+                    f"merge: expected profiles of one model, measured in one way, found {differs}; measure both anew"
+                )
+        parts = added_up(part for one in (self, *others) for part in one._parts)
+        examples = sum(one.examples for one in (self, *others))
+        return self.with_parts(parts, examples, zero_tolerance=self.zero_tolerance)
+
+    def with_parts(self, parts: Sequence[Part], examples: int, *, zero_tolerance: float) -> "Profile":
+        """The same layers with the figures that these parts give."""
+        return Profile(
+            {name: _measured(layer, self._roots[name], parts) for name, layer in self.layers.items()},
+            examples,
+            parts=parts,
+            roots=self._roots,
+            through_norms=self.through_norms,
+            zero_tolerance=zero_tolerance,
+        )
+
     def save(self, path: str | Path) -> None:
         """Write the profile as one safetensors file; it appears complete or not at all. Raises StoreError."""
         arrays: dict[str, Any] = {}
-        described: list[dict[str, Any]] = []
         for index, layer in enumerate(self.layers.values()):
             arrays |= {f"{index}.{name}": np.ascontiguousarray(getattr(layer, name)) for name in _ARRAYS}
-            sites = self.sites.get(layer.name, ())
-            for position, site in enumerate(sites):
-                arrays |= {
-                    f"{index}.site{position}.zeros": site.zeros,
-                    f"{index}.site{position}.positions": site.positions,
-                }
-            described.append(
-                {
-                    "name": layer.name,
-                    "group": layer.group,
-                    "locked": layer.locked,
-                    "sites": [[site.index, site.operator, site.module, site.kind] for site in sites],
-                }
-            )
-        content = {"format": _FORMAT, "version": _VERSION, "examples": self.examples, "layers": described}
-        content |= {"through_norms": True} if self.through_norms else {}
+            arrays |= {f"{index}.roots": self._roots[layer.name]} if self._roots else {}
+        for index, part in enumerate(self._parts):
+            arrays[f"part{index}.roots"] = part.roots
+            arrays |= {f"part{index}.{name}": getattr(part.counts, name).numpy() for name in _TENSORS}
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "examples": self.examples,
+            "through_norms": self.through_norms,
+            "zero_tolerance": self.zero_tolerance,
+            "layers": [{name: getattr(layer, name) for name in _WORDS} for layer in self.layers.values()],
+            "parts": [
+                {name: getattr(part, name) for name in _CALL} | {name: getattr(part.counts, name) for name in _NUMBERS}
+                for part in self._parts
+            ],
+        }
         write_whole(Path(path), to_safetensors(arrays, {"torchtrim": json.dumps(content)}))
 
     @classmethod
@@ -139,26 +271,21 @@ class Profile(Mapping[str, LayerProfile]):
                 f"{path}: expected a profile of version {_VERSION} that `Profile.save` wrote, found "
                 f"{content.get('format', 'another safetensors file')!r} {content.get('version', '')}".rstrip()
             )
-        layers: dict[str, LayerProfile] = {}
-        sites: dict[str, tuple[SiteProfile, ...]] = {}
-        for index, entry in enumerate(content["layers"]):
-            of_layer = {name: arrays[f"{index}.{name}"] for name in _ARRAYS}
-            name = entry["name"]
-            layers[name] = LayerProfile(name=name, group=entry["group"], locked=entry["locked"], **of_layer)
-            sites[name] = tuple(
-                SiteProfile(
-                    site,
-                    operator,
-                    module,
-                    kind,
-                    *(arrays[f"{index}.site{at}.{array}"] for array in ("zeros", "positions")),
-                )
-                for at, (site, operator, module, kind) in enumerate(entry["sites"])
-            )
-        return cls(layers, content["examples"], sites, through_norms=content.get("through_norms", False))
+        layers = {
+            words["name"]: LayerProfile(**words, **{name: arrays[f"{index}.{name}"] for name in _ARRAYS})
+            for index, words in enumerate(content["layers"])
+        }
+        roots = {name: arrays[f"{index}.roots"] for index, name in enumerate(layers) if f"{index}.roots" in arrays}
+        parts: list[Part] = []
+        for index, described in enumerate(content["parts"]):
+            counted: dict[str, Any] = {name: torch.from_numpy(arrays[f"part{index}.{name}"]) for name in _TENSORS}
+            counted |= {name: described.pop(name) for name in _NUMBERS}
+            parts.append(Part(**described, roots=arrays[f"part{index}.roots"], counts=Counts(**counted)))
+        how = {name: content[name] for name in ("through_norms", "zero_tolerance")}
+        return cls(layers, content["examples"], parts=parts, roots=roots, **how)
 
     def __str__(self) -> str:
-        rows = [("layer", "neurons", "mean APoZ", "above 90 %", "always zero")]
+        rows = [("layer", "neurons", "mean APoZ", "95 % interval", "a neuron's ±", "above 90 %", "always zero")]
         rows += [_row(layer) for layer in self.layers.values() if layer.positions.any()]
         sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
@@ -169,228 +296,100 @@ class Profile(Mapping[str, LayerProfile]):
         ]
         unseen = [name for name, layer in self.layers.items() if not layer.positions.any()]
         notes = [f"no activation was observed at: {', '.join(unseen)}"] if unseen else []
-        return "\n".join([f"Profile of {self.examples:,} examples", *lines, *notes])
+        return "\n".join([f"Profile of {self.examples:,} examples", *lines, *self.notes, *notes])
+
+
+_TOO_WIDE = 0.05  # of half an interval
 
 
 def _row(layer: LayerProfile) -> tuple[str, ...]:
     apoz = layer.apoz
     dead = layer.zeros == layer.positions
+    low, high = (100 * np.nanmean(bound) for bound in layer.interval())
     return (
         layer.name,
         str(layer.width),
         f"{100 * np.nanmean(apoz):.2f} %",
+        f"{low:.2f}–{high:.2f} %",
+        f"{100 * np.median(_half_widths(layer)):.2f} %",
         str(int((apoz > 0.9).sum())),
         str(int((dead & (layer.positions > 0)).sum())),
     )
 
 
-Forward = Callable[[nn.Module, Any], Any]
+def _half_widths(layer: LayerProfile) -> Floats:
+    low, high = layer.interval()
+    return ((high - low) / 2)[layer.positions > 0]
 
 
-def profile(
-    model: nn.Module, batches: Iterable[Any], forward: Forward | None = None, *, through_norms: bool = False
-) -> Profile:
-    """Measure every neuron of a model over data, in one pass, in evaluation mode and without gradients.
-
-    batches: any iterable, such as a DataLoader. A batch that is a tensor is the model's input; of a tuple or list the
-    first element is; a mapping holds keyword inputs. `forward=lambda model, batch: ...` calls the model otherwise.
-    Tensors are moved to where the model is. Memory does not grow with the data. through_norms: as for `trace`; a plan
-    that is selected from the profile has it too.
-
-    The model is left as it was found: modes, gradients, hooks and random state.
-    Raises ProfileError: no batches, a batch that does not fit the model, an activation that is NaN or infinite; the
-    message names the batch, and the layer where there is one.
-    """
-    if isinstance(batches, Tensor):
-        raise ProfileError(
-            "batches: expected an iterable of batches, found a tensor, whose rows it would give; pass [it]"
-        )
-    device = next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
-    native_room(device.type)  # a way to count that is asked for and missing is known before the first batch
-    call = forward or _call
-    watch = Watch(model, through_norms=through_norms)
-    number = 0
-    with _as_found(model, device):
-        for number, batch in enumerate(batches, 1):
-            moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
-            try:
-                watch.run(partial(call, model, moved))
-            except NotFiniteError:
-                raise
-            except ProfileError as error:
-                raise ProfileError(f"batch {number}: {error}") from error
-            except TraceError as error:
-                otherwise = "" if forward else " To call it otherwise, pass forward=lambda model, batch: ..."
-                raise ProfileError(f"batch {number}: {error}{otherwise}") from error
-        watch.look()
-    if watch.graph is None:
-        raise ProfileError(
-            "`forward` did not call the model; expected it to call model(...) with the batch"
-            if number and forward
-            else "expected at least one batch, found none; look at what the loader yields"
-        )
-    return _result(model, watch.graph, watch.tallies.totals(), watch.examples)
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
 
 
-def unmeasured(model: nn.Module, graph: NeuronGraph) -> Profile:
-    """The profile of a model that has seen no data: its layers, groups, locks and norms of weights."""
-    return _result(model, graph, {}, 0)
+def _difference(one: Profile, other: Profile) -> str:
+    """How two profiles are not of one model and measured in one way; empty if they are."""
+    if not (one._roots and other._roots):
+        return "one that was not measured"
+    if list(one) != list(other):
+        return "other layers"
+    for name, layer in one.items():
+        theirs = other[name]
+        if layer.locked != theirs.locked or not np.array_equal(one._roots[name], other._roots[name]):
+            return f"other neurons in {name!r}"
+        for norm in ("incoming_l1", "outgoing_l1"):  # sums of weights round otherwise on other machines
+            if not np.allclose(getattr(layer, norm), getattr(theirs, norm), rtol=1e-4):
+                return f"other weights in {name!r}"
+    settings = [(key, getattr(one, key), getattr(other, key)) for key in ("through_norms", "zero_tolerance")]
+    return "; ".join(f"{key}={mine} and {key}={theirs}" for key, mine, theirs in settings if mine != theirs)
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+# ------------------------------------------------------------------ from activation calls to layers
 
 
-@contextmanager
-def _as_found(model: nn.Module, device: torch.device) -> Generator[None]:
-    """Evaluation mode inside; modes and random state are as before at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            model.eval()
-            torch.backends.mha.set_fastpath_enabled(False)  # it would hide the activations of a transformer layer
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-            for module, mode in modes:
-                module.training = mode
+def added_up(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """One part for each call and factor; a call that was traced at several sizes is one."""
+    found: dict[tuple[Any, ...], Part] = {}
+    for part in parts:
+        before = found.get(part.key)
+        found[part.key] = part if before is None else replace(part, counts=before.counts + part.counts)
+    return tuple(found.values())
 
 
-# ------------------------------------------------------------------ from sites to layers
+def _measured(layer: LayerProfile, roots: Integers, parts: Sequence[Part]) -> LayerProfile:
+    """The layer with the figures of the first kind of activation that it has."""
+    reached = [(part, share) for part in parts if (share := part.of(roots)) is not None]
+    best = min((KINDS.index(part.kind) for part, _ in reached), default=0)
+    share = _total([share for part, share in reached if KINDS.index(part.kind) == best], layer.width)
+    return replace(
+        layer,
+        zeros=share.zeros,
+        positions=share.positions,
+        mean=_ratio(share.total, share.positions),
+        mean_square=_ratio(share.square, share.positions),
+        standard_error=_ratio(share.deviation, share.positions),
+        examples=share.examples,
+    )
 
 
-def _result(model: nn.Module, graph: NeuronGraph, totals: Totals, examples: int) -> Profile:
-    incoming, outgoing = _incoming(model, graph), _outgoing(model, graph)
-    seen = [_ByRoot(graph, site, index, counts) for (site, index), counts in totals.items()]
-    layers: dict[str, LayerProfile] = {}
-    sites: dict[str, tuple[SiteProfile, ...]] = {}
-    for name, layer in graph.layers.items():
-        reached = [(one.site, found) for one in seen if (found := one.of(layer)) is not None]
-        sites[name] = _sites(reached)
-        best = min((KINDS.index(site.kind) for site, _ in reached), default=0)
-        chosen = [entry for entry in reached if KINDS.index(entry[0].kind) == best]
-        share = _Share.of_nothing(layer.width)
-        for _, part in chosen:
-            share = share.plus(part)
-        layers[name] = LayerProfile(
-            name=name,
-            zeros=share.zeros,
-            positions=share.positions,
-            mean=_ratio(share.total, share.positions),
-            mean_square=_ratio(share.square, share.positions),
-            incoming_l1=incoming[name][0],
-            incoming_l2=incoming[name][1],
-            outgoing_l1=outgoing[0][layer.roots],
-            outgoing_l2=outgoing[1][layer.roots],
-            unit=np.where(layer.removable, layer.roots, -1),
-            group=layer.group,
-            locked=layer.locked,
-        )
-    return Profile(layers, examples, sites, through_norms=graph.through_norms)
+def _total(shares: Sequence[_Share], width: int) -> _Share:
+    none = np.zeros(width, np.int64)
+    floats = none.astype(np.float64)
+    return reduce(_Share.plus, shares, _Share(none, none, floats, floats, floats, none))
 
 
-class _Share(NamedTuple):
-    """The counts of some neurons: int64 or float64, [neurons] each."""
-
-    zeros: Integers
-    positions: Integers
-    total: Floats
-    square: Floats
-
-    @classmethod
-    def of_nothing(cls, width: int) -> "_Share":
-        none = np.zeros(width, np.int64)
-        return cls(none, none, none.astype(np.float64), none.astype(np.float64))
-
-    def plus(self, other: "_Share") -> "_Share":
-        return _Share(
-            self.zeros + other.zeros,
-            self.positions + other.positions,
-            self.total + other.total,
-            self.square + other.square,
-        )
-
-
-class _ByRoot:
-    """The counts of one factor of one site, and how to find a layer's share of them."""
-
-    def __init__(self, graph: NeuronGraph, site: Site, index: int, counts: Counts) -> None:
-        self.site = site
-        self.roots = graph.root[site.labels.factors[index].atoms].ravel()
-        zeros, total, square = (t.cpu().numpy().ravel() for t in (counts.zeros, counts.total, counts.square))
-        self.counts = _Share(zeros, np.full(zeros.size, counts.positions), total, square)
-        self.unique, self.inverse = np.unique(self.roots, return_inverse=True)
-
-    def of(self, layer: Layer) -> _Share | None:
-        """What was counted of the layer's neurons; None if it has none here."""
-        if np.array_equal(self.roots, layer.roots):
-            return self.counts  # neurons that only go together still keep counts of their own
-        place = np.searchsorted(self.unique, layer.roots).clip(max=self.unique.size - 1)
-        here = (self.unique[place] == layer.roots) & (layer.roots > 0)
-        if not here.any():
-            return None
-        gathered: list[Any] = []
-        for array in self.counts:
-            sums = np.zeros(self.unique.size, array.dtype)
-            np.add.at(sums, self.inverse, array)
-            gathered.append(np.where(here, sums[place], 0))
-        return _Share(*gathered)
-
-
-def _sites(reached: list[tuple[Site, _Share]]) -> tuple[SiteProfile, ...]:
-    """One entry per activation call; a call that was traced at several sizes is one."""
-    merged: dict[int, tuple[Site, _Share]] = {}
-    for site, share in reached:
-        merged[site.index] = (site, merged[site.index][1].plus(share) if site.index in merged else share)
+def _sites(parts: Sequence[Part], roots: Integers) -> tuple[SiteProfile, ...]:
+    """One entry per activation call."""
+    found: dict[int, tuple[Part, list[_Share]]] = {}
+    for part in parts:
+        share = part.of(roots)
+        if share is not None:
+            found.setdefault(part.index, (part, []))[1].append(share)
+    totals = [(part, _total(shares, roots.size)) for _, (part, shares) in sorted(found.items(), key=lambda one: one[0])]
     return tuple(
-        SiteProfile(site.index, site.name, site.module, site.kind, share.zeros, share.positions)
-        for _, (site, share) in sorted(merged.items())
+        SiteProfile(part.index, part.operator, part.module, part.kind, share.zeros, share.positions)
+        for part, share in totals
     )
 
 
 def _ratio(total: Floats, positions: Integers) -> Floats:
     return np.divide(total, positions, out=np.full(total.size, np.nan), where=positions > 0)
-
-
-def _incoming(model: nn.Module, graph: NeuronGraph) -> dict[str, tuple[Floats, Floats]]:
-    """L1 and L2 norm of the weights that produce each neuron: float64 [neurons]."""
-    weights = _weights(model)
-    return {
-        name: (_norms(weights[layer.parameter], layer.axis, 1), _norms(weights[layer.parameter], layer.axis, 2))
-        for name, layer in graph.layers.items()
-    }
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, without the connections that `torch.nn.utils.prune` has taken out."""
-    buffers = dict(model.named_buffers())
-    masks = {name: f"{name.removesuffix('_orig')}_mask" for name, _ in model.named_parameters()}
-    return {
-        name: parameter * buffers[masks[name]] if masks[name] in buffers else parameter
-        for name, parameter in named_tensors(model).items()
-        if isinstance(parameter, nn.Parameter)
-    }
-
-
-def _outgoing(model: nn.Module, graph: NeuronGraph) -> tuple[Floats, Floats]:
-    """L1 and L2 norm of the weights that read each root: float64 [roots]."""
-    first, second = np.zeros((2, len(graph.root)))
-    producing = {(layer.parameter, layer.axis) for layer in graph.layers.values()}
-    for name, parameter in _weights(model).items():
-        for axis, roots in enumerate(graph.axes[name] if parameter.ndim > 1 else ()):
-            if (name, axis) not in producing and roots.size > 1:
-                np.add.at(first, roots, _norms(parameter, axis, 1))
-                np.add.at(second, roots, _norms(parameter, axis, 2) ** 2)
-    return first, np.sqrt(second)
-
-
-def _norms(weight: Tensor, axis: int, order: int) -> Floats:
-    """The norm of each slice along an axis: float64 [slices], summed in single precision at least."""
-    others = [other for other in range(weight.ndim) if other != axis]
-    values = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
-    powers = values.abs() if order == 1 else values.square()
-    sums = (powers.sum(others) if others else powers).double().cpu().numpy()
-    return sums if order == 1 else np.sqrt(sums)

@@ -25,8 +25,9 @@ from torchtrim import criteria
 from torchtrim._cost import Cost
 from torchtrim._files import hold, is_partial, write_whole
 from torchtrim._loop import Accuracy, Evaluate, Progressive, Retrain, Round, Stop, iterate
+from torchtrim._measure import Forward
 from torchtrim._plan import Plan
-from torchtrim._profile import Forward, Profile
+from torchtrim._profile import Profile
 from torchtrim._select import Rule
 from torchtrim._store import library_version, read_facts, read_model, write_model
 from torchtrim.criteria import Criterion

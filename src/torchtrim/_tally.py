@@ -16,8 +16,10 @@ Totals = dict[Place, Counts]
 class Tally(Protocol):
     """One way to keep counts."""
 
-    def add(self, place: Place, values: Tensor, kept: Sequence[int]) -> None:
-        """Count over all axes of `values` other than `kept`, for the batch in progress."""
+    def add(
+        self, place: Place, values: Tensor, kept: Sequence[int], examples: int | None = None, tolerance: float = 0.0
+    ) -> None:
+        """Count as `count` does, for the batch in progress."""
 
     def drop(self) -> None:
         """Forget the batch in progress."""
@@ -39,8 +41,10 @@ class HostTally(Tally):
         self._pending: list[tuple[Place, Counts]] = []
         self._bad: tuple[int, Place] | None = None
 
-    def add(self, place: Place, values: Tensor, kept: Sequence[int]) -> None:
-        self._pending.append((place, count(values, kept)))
+    def add(
+        self, place: Place, values: Tensor, kept: Sequence[int], examples: int | None = None, tolerance: float = 0.0
+    ) -> None:
+        self._pending.append((place, count(values, kept, examples=examples, tolerance=tolerance)))
 
     def drop(self) -> None:
         self._pending.clear()
@@ -69,15 +73,17 @@ class Tallies:
         self._host = HostTally()
         self._devices: dict[torch.device, Tally] = {}
 
-    def add(self, place: Place, values: Tensor, kept: Sequence[int]) -> None:
-        """Count over all axes of `values` other than `kept`, for the batch in progress."""
+    def add(
+        self, place: Place, values: Tensor, kept: Sequence[int], examples: int | None = None, tolerance: float = 0.0
+    ) -> None:
+        """Count as `count` does, for the batch in progress."""
         native: Any = native_room("cuda") if values.device.type == "cuda" else None
         if native is None or values.dtype not in native.DTYPES:
-            self._host.add(place, values, kept)
+            self._host.add(place, values, kept, examples, tolerance)
             return
         if values.device not in self._devices:
             self._devices[values.device] = native.DeviceTally(values.device)
-        self._devices[values.device].add(place, values, kept)
+        self._devices[values.device].add(place, values, kept, examples, tolerance)
 
     def drop(self) -> None:
         """Forget the batch in progress."""
@@ -103,7 +109,7 @@ class Tallies:
         totals: Totals = {}
         for tally in self._all():
             for place, counts in tally.totals().items():
-                here = counts.cpu()
+                here = counts.each(Tensor.cpu)
                 totals[place] = totals[place] + here if place in totals else here
         return totals
 

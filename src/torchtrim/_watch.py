@@ -45,8 +45,10 @@ class Watch(TorchDispatchMode):
     way: that reads other parameters, or has larger images ahead of a flatten.
     """
 
-    def __init__(self, model: nn.Module, *, through_norms: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, through_norms: bool = False, zero_tolerance: float = 0.0) -> None:
         super().__init__()
+        self.zero_tolerance = zero_tolerance
+        self.limits: dict[tuple[int, str, str], float] = {}  # by activation call, up to which size a value is zero
         self.model = model
         self.through_norms = through_norms
         self.graph: NeuronGraph | None = None
@@ -63,6 +65,7 @@ class Watch(TorchDispatchMode):
         self._seen = 0
         self._recurrent = 0  # how deep in recurrent modules the run is
         self._trail: list[int] = []
+        self._examples = 0  # of the call in progress
         self._pending_examples = 0
         self._names: dict[Any, str | None] = {}  # by operator, its name if it may be an activation
 
@@ -140,6 +143,9 @@ class Watch(TorchDispatchMode):
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._arguments = args, kwargs
+        self._examples = next((shape[0] for shape in self._shapes() if shape), 1)
+        if not self._examples:
+            raise ProfileError("expected at least one example, found none; leave empty batches out")
         self._path = self._candidate()
         self._seen = 0
         self._trail = []
@@ -155,9 +161,7 @@ class Watch(TorchDispatchMode):
         path.trail = self._trail
         self._path = None
         self._usual[self._shapes()] = path
-        self._pending_examples += next((shape[0] for shape in self._shapes() if shape), 1)
-        if not self._pending_examples:
-            raise ProfileError("expected at least one example, found none; leave empty batches out")
+        self._pending_examples += self._examples
         self._call += 1
 
     def _candidate(self) -> _Path | None:
@@ -212,11 +216,23 @@ class Watch(TorchDispatchMode):
             raise _MisfitError
         site = path.sites[self._seen]
         self._seen += 1
+        limit = self._limit(site, values)
         for index, factor in enumerate(site.labels.factors):
             kept = factor.axes()
             if values.ndim != factor.atoms.ndim or any(values.shape[axis] != factor.atoms.shape[axis] for axis in kept):
                 raise _MisfitError
-            self.tallies.add((site, index), values, kept)
+            fits = bool(values.ndim) and 0 not in kept and values.shape[0] % self._examples == 0
+            self.tallies.add((site, index), values, kept, self._examples if fits else None, limit)
+
+    def _limit(self, site: Site, values: Tensor) -> float:
+        """Up to which size a value counts as zero: a share of the root mean square where the site was first seen."""
+        if not self.zero_tolerance or site.kind == "rectifier":
+            return 0.0
+        key = site.index, site.name, site.module
+        if key not in self.limits:
+            size = values.detach().double().square().mean().sqrt()
+            self.limits[key] = float((self.zero_tolerance * size).float())  # all ways to count compare with one number
+        return self.limits[key]
 
     def _where(self, site: Site) -> str:
         graph = self.graph

@@ -12,7 +12,8 @@ A criterion answers NaN for a neuron of which it knows nothing.
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from statistics import NormalDist
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,8 @@ class LayerProfile:
 
     zeros, positions: int64 [neurons], how many activations were zero, and how many were seen.
     mean, mean_square: float64 [neurons], moments of the activation.
+    standard_error: float64 [neurons], of `apoz`, with each example as one observation. examples: int64 [neurons],
+    how many were seen.
     incoming_l1, incoming_l2, outgoing_l1, outgoing_l2: float64 [neurons], norms of the weights into and
     out of each neuron.
     unit: int64 [neurons]; the neurons of a group that share an id go together, -1 marks one that must stay.
@@ -55,6 +58,8 @@ class LayerProfile:
     positions: Integers
     mean: Floats
     mean_square: Floats
+    standard_error: Floats
+    examples: Integers
     incoming_l1: Floats
     incoming_l2: Floats
     outgoing_l1: Floats
@@ -86,6 +91,31 @@ class LayerProfile:
         share = np.full(self.width, np.nan)
         np.divide(self.zeros, self.positions, out=share, where=self.positions > 0)
         return share
+
+    def interval(self, confidence: float = 0.95) -> tuple[Floats, Floats]:
+        """Lower and upper bounds of `apoz` over all data like those seen: float64 [neurons] each, NaN where none were.
+
+        Wilson's interval for a share, with as many observations as would give the standard error if they were
+        independent; where no example differs from another, as many as there were examples.
+        Wilson, "Probable inference", 1927; Korn and Graubard, "Confidence intervals for proportions", 1998.
+        """
+        share, error = self.apoz, self.standard_error
+        count = self.examples.astype(np.float64)
+        spread = np.isfinite(error) & (error > 0)
+        np.divide(share * (1 - share), error**2, out=count, where=spread)
+        count[np.isinf(error)] = 0  # of one example nothing is known
+        quantile = NormalDist().inv_cdf((1 + confidence) / 2)
+        centre = share * count + quantile**2 / 2
+        half = quantile * np.sqrt(share * (1 - share) * count + quantile**2 / 4)
+        return (centre - half) / (count + quantile**2), (centre + half) / (count + quantile**2)
+
+    @classmethod
+    def unmeasured(cls, name: str, **known: Any) -> "LayerProfile":
+        """A layer that has seen no data."""
+        none = np.zeros(known["unit"].size, np.int64)
+        nothing = np.full(none.size, np.nan)
+        seen = {"zeros": none, "positions": none, "examples": none}
+        return cls(name, **seen, mean=nothing, mean_square=nothing, standard_error=nothing, **known)
 
 
 Criterion: TypeAlias = Callable[[LayerProfile], Floats]
