@@ -213,9 +213,9 @@ def test_only_profiles_of_one_model_are_merged() -> None:
     with torch.no_grad():
         other.conv2.weight[0, 0, 0, 0] += 1
     first = profile(one, data)
-    with pytest.raises(ProfileError, match="merge: .* found other weights in 'conv1'"):
+    with pytest.raises(ProfileError, match=r"merge: .* found other weights in 'conv1'"):
         first.merge(profile(other, data))
     with pytest.raises(ProfileError, match="found other layers"):
         first.merge(profile(Convolutions().double(), data))
-    with pytest.raises(ProfileError, match="zero_tolerance=0.0 and zero_tolerance=0.1"):
+    with pytest.raises(ProfileError, match=r"zero_tolerance=0\.0 and zero_tolerance=0\.1"):
         first.merge(profile(one, data, zero_tolerance=0.1))
