@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from torchtrim._copies import named_tensors
 from torchtrim._counting import native_room
 from torchtrim._neurons import NeuronGraph
-from torchtrim._profile import Part, Profile, added_up
+from torchtrim._profile import Part, Profile, added_up, since
+from torchtrim._stable import Stable
 from torchtrim._watch import NotFiniteError, Watch
 from torchtrim.criteria import Floats, LayerProfile
 from torchtrim.errors import ProfileError, TorchtrimWarning, TraceError
@@ -33,6 +34,7 @@ def profile(
     *,
     through_norms: bool = False,
     zero_tolerance: float = 0.0,
+    until: Stable | None = None,
 ) -> Profile:
     """Measure every neuron of a model over data, in one pass, in evaluation mode and without gradients.
 
@@ -41,7 +43,7 @@ def profile(
     Tensors are moved to where the model is. Memory does not grow with the data. through_norms: as for `trace`; a plan
     that is selected from the profile has it too. zero_tolerance: after activations that give no exact zeros (GELU,
     SiLU, tanh, sigmoid), what counts as zero, as a share of the root mean square of the tensor's values in the first
-    batch; such as 0.01.
+    batch; such as 0.01. until: when to stop before the data end; the profile then has `in_doubt`.
 
     A `TorchtrimWarning` says where the figures are uncertain or say little. The first axis of the first input is taken
     for the examples; every APoZ has a standard error, in which what happens within an example is one observation.
@@ -59,6 +61,7 @@ def profile(
     device = next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
     native_room(device.type)  # a way to count that is asked for and missing is known before the first batch
     call = forward or _call
+    looks = _Looks(model, until) if until else None
     watch = Watch(model, through_norms=through_norms, zero_tolerance=zero_tolerance)
     number = 0
     with _as_found(model, device):
@@ -73,6 +76,8 @@ def profile(
             except TraceError as error:
                 otherwise = "" if forward else " To call it otherwise, pass forward=lambda model, batch: ..."
                 raise ProfileError(f"batch {number}: {error}{otherwise}") from error
+            if looks and looks.enough(watch):
+                break
         watch.look()
     if watch.graph is None:
         raise ProfileError(
@@ -80,10 +85,38 @@ def profile(
             if number and forward
             else "expected at least one batch, found none; look at what the loader yields"
         )
-    found = unmeasured(model, watch.graph).with_parts(_parts(watch), watch.examples, zero_tolerance=zero_tolerance)
+    found = unmeasured(model, watch.graph).with_parts(
+        _parts(watch),
+        watch.examples,
+        zero_tolerance=zero_tolerance,
+        in_doubt=looks.judge.in_doubt if looks else None,
+    )
     for note in found.notes:
         warnings.warn(note, TorchtrimWarning, stacklevel=2)
     return found
+
+
+class _Looks:
+    """Shows a pass over data to `until` every now and then."""
+
+    def __init__(self, model: nn.Module, until: Stable) -> None:
+        self.judge = until.begin()
+        self._model, self._every = model, until.every
+        self._blank: Profile | None = None
+        self._seen: tuple[Part, ...] = ()
+
+    def enough(self, watch: Watch) -> bool:
+        """Whether the pass may end."""
+        if watch.batches % self._every or watch.graph is None:
+            return False
+        watch.look()
+        blank = self._blank = self._blank or unmeasured(self._model, watch.graph)
+        before, self._seen = self._seen, _parts(watch)
+        so_far, latest = (
+            blank.with_parts(parts, 0, zero_tolerance=watch.zero_tolerance)
+            for parts in (self._seen, since(before, self._seen))
+        )
+        return self.judge.look(so_far, latest)
 
 
 def unmeasured(model: nn.Module, graph: NeuronGraph) -> Profile:

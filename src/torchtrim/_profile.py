@@ -129,7 +129,8 @@ class Profile(Mapping[str, LayerProfile]):
 
     `zeros`, `positions`, `apoz`, `standard_error` and `mean` hold one array per layer with one entry per neuron;
     `examples` is how many examples were seen; `sites` lists what each activation call contributed; `notes` says what
-    to beware of; `through_norms` is as in `trace`, `zero_tolerance` as in `profile`.
+    to beware of; `through_norms` is as in `trace`, `zero_tolerance` as in `profile`; `in_doubt` lists, by layer, the
+    neurons of which `until` had not settled whether they go, and is None without it.
     `print(profile)` shows the mean APoZ by layer, as table 1 of Hu et al., "Network Trimming", 2016, does.
     """
 
@@ -142,9 +143,11 @@ class Profile(Mapping[str, LayerProfile]):
         roots: Mapping[str, Integers] | None = None,
         through_norms: bool = False,
         zero_tolerance: float = 0.0,
+        in_doubt: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self.layers = dict(layers)
         self.examples = examples
+        self.in_doubt = None if in_doubt is None else {name: tuple(neurons) for name, neurons in in_doubt.items()}
         self.through_norms = through_norms
         self.zero_tolerance = zero_tolerance
         self._parts = tuple(parts)
@@ -223,7 +226,14 @@ class Profile(Mapping[str, LayerProfile]):
         examples = sum(one.examples for one in (self, *others))
         return self.with_parts(parts, examples, zero_tolerance=self.zero_tolerance)
 
-    def with_parts(self, parts: Sequence[Part], examples: int, *, zero_tolerance: float) -> "Profile":
+    def with_parts(
+        self,
+        parts: Sequence[Part],
+        examples: int,
+        *,
+        zero_tolerance: float,
+        in_doubt: Mapping[str, Sequence[int]] | None = None,
+    ) -> "Profile":
         """The same layers with the figures that these parts give."""
         return Profile(
             {name: _measured(layer, self._roots[name], parts) for name, layer in self.layers.items()},
@@ -232,6 +242,7 @@ class Profile(Mapping[str, LayerProfile]):
             roots=self._roots,
             through_norms=self.through_norms,
             zero_tolerance=zero_tolerance,
+            in_doubt=in_doubt,
         )
 
     def save(self, path: str | Path) -> None:
@@ -249,6 +260,7 @@ class Profile(Mapping[str, LayerProfile]):
             "examples": self.examples,
             "through_norms": self.through_norms,
             "zero_tolerance": self.zero_tolerance,
+            "in_doubt": self.in_doubt,
             "layers": [{name: getattr(layer, name) for name in _WORDS} for layer in self.layers.values()],
             "parts": [
                 {name: getattr(part, name) for name in _CALL} | {name: getattr(part.counts, name) for name in _NUMBERS}
@@ -281,7 +293,7 @@ class Profile(Mapping[str, LayerProfile]):
             counted: dict[str, Any] = {name: torch.from_numpy(arrays[f"part{index}.{name}"]) for name in _TENSORS}
             counted |= {name: described.pop(name) for name in _NUMBERS}
             parts.append(Part(**described, roots=arrays[f"part{index}.roots"], counts=Counts(**counted)))
-        how = {name: content[name] for name in ("through_norms", "zero_tolerance")}
+        how = {name: content[name] for name in ("through_norms", "zero_tolerance", "in_doubt")}
         return cls(layers, content["examples"], parts=parts, roots=roots, **how)
 
     def __str__(self) -> str:
@@ -296,6 +308,11 @@ class Profile(Mapping[str, LayerProfile]):
         ]
         unseen = [name for name, layer in self.layers.items() if not layer.positions.any()]
         notes = [f"no activation was observed at: {', '.join(unseen)}"] if unseen else []
+        if self.in_doubt is not None:
+            doubtful = sum(map(len, self.in_doubt.values()))
+            notes.append(
+                f"settled for all neurons but {doubtful}, see in_doubt" if doubtful else "settled for all neurons"
+            )
         return "\n".join([f"Profile of {self.examples:,} examples", *lines, *self.notes, *notes])
 
 
@@ -344,6 +361,13 @@ def _difference(one: Profile, other: Profile) -> str:
 
 
 # ------------------------------------------------------------------ from activation calls to layers
+
+
+def since(before: Iterable[Part], parts: Iterable[Part]) -> tuple[Part, ...]:
+    """What came to the parts `before`."""
+    known = {part.key: part.counts for part in before}
+    came = [replace(part, counts=part.counts - known[part.key]) if part.key in known else part for part in parts]
+    return tuple(part for part in came if part.counts.examples)
 
 
 def added_up(parts: Iterable[Part]) -> tuple[Part, ...]:
