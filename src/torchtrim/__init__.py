@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torchtrim._loop import Progressive, Round, Stop, iterate
     from torchtrim._plan import LayerPlan, Plan
     from torchtrim._profile import Profile, profile
+    from torchtrim._repair import repair
     from torchtrim._run_directory import run
     from torchtrim._select import Fraction, MeanPlusStd, Threshold, select
     from torchtrim._store import load, save
@@ -41,6 +42,7 @@ __all__ = [
     "operators",
     "profile",
     "register_operator",
+    "repair",
     "run",
     "save",
     "select",
@@ -55,6 +57,7 @@ _ROOMS = {
     "_loop": "Progressive Round Stop iterate",
     "_plan": "LayerPlan Plan",
     "_profile": "Profile profile",
+    "_repair": "repair",
     "_run_directory": "run",
     "_select": "Fraction MeanPlusStd Threshold select",
     "_store": "load save",
