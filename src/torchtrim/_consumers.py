@@ -48,7 +48,7 @@ def consumers(model: nn.Module, graph: NeuronGraph, kept: Kept) -> tuple[list[Co
         if len(axes) < 2 or not lost:
             continue
         name, _, leaf = parameter.rpartition(".")
-        reason = "it is no weight of a module" if leaf != "weight" else _not_plain(modules[name], model)
+        reason = "it is not the weight of a layer" if leaf != "weight" else _not_plain(modules[name], model)
         if reason is None and lost != [1]:
             reason = "it reads them along an unusual axis"
         if reason is None:

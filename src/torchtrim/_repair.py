@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -22,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torchtrim._consumers import Consumer, Reader, consumers, levels, removed_between
 from torchtrim._copies import named_modules, named_tensors, rebuild
 from torchtrim._graph import untried
-from torchtrim._history import history
+from torchtrim._history import history, set_history
 from torchtrim._moments import Moments, Residuals, features, fit, groups, rows
 from torchtrim._neurons import Kept, NeuronGraph
 from torchtrim._profile import Forward, _as_found, _call
@@ -377,10 +378,12 @@ class _Work:
             assert norm.running_mean is not None
             norm.running_mean -= offset.to(norm.running_mean)
             self.shifts[consumer.name] = self.shifts.get(consumer.name, 0) + offset
-        elif new and module.weight.requires_grad:
-            module.bias = nn.Parameter(offset.to(module.weight))
-        elif new:
+        elif new and not module.weight.requires_grad:
             self.notes[consumer.name] = "it is frozen"
+        elif new and offset.any():
+            module.bias = nn.Parameter(offset.to(module.weight))
+            past = history(self.repaired)
+            set_history(self.repaired, replace(past, biases=(*past.biases, f"{consumer.name}.bias".lstrip("."))))
 
 
 def _is_free(norm: _BatchNorm) -> bool:
