@@ -8,8 +8,7 @@ Accelerating Very Deep Neural Networks", 2017, section 3.1. "batchnorm" measures
 import copy
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias, cast, get_args
@@ -18,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
+from torchtrim._calibration import Calibration, Listener, as_found
 from torchtrim._consumers import Consumer, Reader, consumers, levels, removed_between
 from torchtrim._copies import named_modules, named_tensors, rebuild
 from torchtrim._graph import untried
 from torchtrim._history import history, set_history
 from torchtrim._moments import Moments, Residuals, features, fit, groups, rows
 from torchtrim._neurons import Kept, NeuronGraph
-from torchtrim._profile import Forward, _as_found, _call
+from torchtrim._profile import Forward
 from torchtrim._trial import tried
 from torchtrim.errors import PlanError, ProfileError, TorchtrimError, TorchtrimWarning
 
@@ -77,15 +76,11 @@ def repair(
         raise TorchtrimError(f"repair: expected a finite ridge above 0, found {ridge!r}")
     if block < 1:
         raise TorchtrimError(f"repair: expected blocks of at least 1 input, found {block!r}")
-    if isinstance(batches, (Tensor, Iterator)):
-        raise ProfileError(
-            f"batches: expected data that can be read several times, such as a list or a DataLoader, found a "
-            f"{type(batches).__name__}"
-        )
+    data = Calibration(batches, forward)
     graph, kept = _what_is_left(original, trimmed, example)
     repaired = rebuild(trimmed, {name: tensor.detach().clone() for name, tensor in named_tensors(trimmed).items()})
-    work = _Work(original, repaired, graph, kept, batches, forward or _call)
-    with _both_as_found(original, repaired):
+    work = _Work(original, repaired, graph, kept, data)
+    with as_found(original, repaired):
         for way in ways:
             match way:
                 case "mean":
@@ -145,18 +140,6 @@ def _what_is_left(original: nn.Module, trimmed: nn.Module, example: Any) -> tupl
     raise PlanError(f"repair: the trimmed model is not the original without what was removed: {fault}")
 
 
-@contextmanager
-def _both_as_found(*models: nn.Module) -> Generator[None]:
-    with ExitStack() as stack:
-        for model in models:
-            stack.enter_context(_as_found(model, _device(model)))
-        yield
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
-
-
 class _Task:
     """One block of a layer's inputs to be fitted. `columns`: of the trimmed weights, for each group."""
 
@@ -196,25 +179,22 @@ class _Work:
         repaired: nn.Module,
         graph: NeuronGraph,
         kept: Kept,
-        batches: Iterable[Any],
-        call: Forward,
+        data: Calibration,
     ) -> None:
         self.original, self.repaired = original, repaired
-        self.graph, self.batches, self.call = graph, batches, call
+        self.graph, self.data = graph, data
         found, self.notes = consumers(original, graph, kept)
         self.consumers = {consumer.name: consumer for consumer in found}
         self.theirs = cast(Mapping[str, Any], named_modules(original))
         self.ours = cast(Mapping[str, Any], named_modules(repaired))
-        self.batch = 0  # the number of the one that is read
         self.shifts: dict[str, Tensor] = {}  # what was added to what a layer computes by the norm behind it
 
     # -------------------------------------------------------------- mean
 
     def add_means(self) -> None:
         means = {name: _Mean(consumer, self.theirs[name]) for name, consumer in self.consumers.items()}
-        for batch in self._batches():
-            with _hooked({self.theirs[name]: mean.add for name, mean in means.items()}):
-                self._run(self.original, batch)
+        for batch in self.data:
+            self.data.run(self.original, batch, {self.theirs[name]: mean.add for name, mean in means.items()})
         for name, mean in means.items():
             if mean.count:
                 self._check(name, mean.total)
@@ -252,18 +232,20 @@ class _Work:
             if (leader := leaders.setdefault(task.reads, task)) is not task:
                 task.join(leader)
         wanted = {task: _Wanted(task.consumer, task.module) for task in tasks}
-        for batch in self._batches():
-            with _hooked({self.theirs[task.consumer.name]: want.keep for task, want in wanted.items()}):
-                self._run(self.original, batch)
-            with _hooked({task.module: self._comparer(task, want) for task, want in wanted.items()}):
-                self._run(self.repaired, batch)
+        for batch in self.data:
+            keep = {self.theirs[task.consumer.name]: want.keep for task, want in wanted.items()}
+            compare: dict[nn.Module, Listener] = {
+                task.module: self._comparer(task, want) for task, want in wanted.items()
+            }
+            self.data.run(self.original, batch, keep)
+            self.data.run(self.repaired, batch, compare)
             odd = [task.consumer.name for task, want in wanted.items() if want.outputs]
             if odd:
                 raise ProfileError(f"{odd[0]}: it runs less often in the trimmed model than in the original")
         for task in tasks:
             self._update(task, ridge)
 
-    def _comparer(self, task: _Task, want: "_Wanted") -> "Listener":
+    def _comparer(self, task: _Task, want: "_Wanted") -> Listener:
         """Adds up what a layer reads, and what it lacks of what the original computes."""
         shift = self.shifts.get(task.consumer.name)
 
@@ -312,9 +294,8 @@ class _Work:
                 module.train()
                 module.momentum = 0.0
                 module.num_batches_tracked = None  # batches are normalised by themselves, and change nothing else
-            for batch in self._batches() if sums else ():
-                with _hooked({module: one.add for module, one in sums.items()}):
-                    self._run(self.repaired, batch)
+            for batch in self.data if sums else ():
+                self.data.run(self.repaired, batch, {module: one.add for module, one in sums.items()})
         finally:
             for module, momentum, buffers, training in before:
                 module.momentum, module._buffers, module.training = momentum, buffers, training
@@ -328,29 +309,6 @@ class _Work:
                 module.running_var.copy_((one.square - one.count * mean**2) / (one.count - 1))
 
     # -------------------------------------------------------------- what they share
-
-    def _batches(self) -> Iterator[Any]:
-        number = 0
-        for number, batch in enumerate(self.batches, 1):
-            self.batch = number
-            yield batch
-        if not number:
-            raise ProfileError("repair: expected at least one batch, found none; look at what the loader yields")
-
-    def _run(self, model: nn.Module, batch: Any) -> None:
-        device = _device(model)
-        moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
-        try:
-            with torch.no_grad():
-                self.call(model, moved)
-        except TorchtrimError:
-            raise
-        except Exception as error:
-            first = str(error).partition("\n")[0]
-            raise ProfileError(
-                f"{type(model).__name__} cannot run on batch {self.batch}: {type(error).__name__}: {first}; to call it "
-                "otherwise, pass forward=lambda model, batch: ..."
-            ) from error
 
     def _check(self, name: str, values: Tensor) -> None:
         if not values.isfinite().all():
@@ -448,22 +406,3 @@ class _Mean:
             count = outputs.numel() // self.weight.shape[0]
         self.count += count
         self.total = self.total.to(given.device) + count * given[self.outputs]
-
-
-Listener = Callable[[Tensor, Tensor], Any]
-
-
-@contextmanager
-def _hooked(listeners: Mapping[nn.Module, Listener]) -> Generator[None]:
-    """Tell each listener what its module is given and computes, while the block runs."""
-    with ExitStack() as handles:
-        for module, listener in listeners.items():
-            handles.enter_context(module.register_forward_hook(_hook(listener), with_kwargs=True))
-        yield
-
-
-def _hook(listener: Listener) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> None:
-        listener(args[0] if args else kwargs["input"], outputs)
-
-    return hook
