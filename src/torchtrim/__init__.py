@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torchtrim._loop import Progressive, Round, Stop, iterate
     from torchtrim._plan import LayerPlan, Plan
     from torchtrim._profile import Profile, profile
+    from torchtrim._reconstruction import reconstruction
     from torchtrim._repair import repair
     from torchtrim._run_directory import run
     from torchtrim._select import Fraction, MeanPlusStd, Threshold, select
@@ -41,6 +42,7 @@ __all__ = [
     "measure",
     "operators",
     "profile",
+    "reconstruction",
     "register_operator",
     "repair",
     "run",
@@ -57,6 +59,7 @@ _ROOMS = {
     "_loop": "Progressive Round Stop iterate",
     "_plan": "LayerPlan Plan",
     "_profile": "Profile profile",
+    "_reconstruction": "reconstruction",
     "_repair": "repair",
     "_run_directory": "run",
     "_select": "Fraction MeanPlusStd Threshold select",

@@ -91,6 +91,13 @@ def groups(module: Reader) -> int:
     return 1 if isinstance(module, nn.Linear) else module.groups
 
 
+def pieces(module: Reader, block: int) -> list[slice]:
+    """A layer's input channels (of a group) in as few and as equal pieces as have at most `block` inputs each."""
+    width = module.weight.shape[1]
+    count = -(-width // max(1, block // features(module)))
+    return [slice(width * place // count, width * (place + 1) // count) for place in range(count)]
+
+
 def rows(module: Reader, inputs: Tensor, outputs: Tensor, channels: slice) -> Iterator[tuple[Tensor, Tensor]]:
     """What a layer reads at each output position of these input channels (of each group), and outputs there.
 

@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
@@ -23,7 +22,7 @@ from torchtrim._consumers import Consumer, Reader, consumers, levels, removed_be
 from torchtrim._copies import named_modules, named_tensors, rebuild
 from torchtrim._graph import untried
 from torchtrim._history import history, set_history
-from torchtrim._moments import Moments, Residuals, features, fit, groups, rows
+from torchtrim._moments import Moments, Residuals, features, fit, groups, pieces, rows
 from torchtrim._neurons import Kept, NeuronGraph
 from torchtrim._profile import Forward
 from torchtrim._trial import tried
@@ -219,11 +218,7 @@ class _Work:
         if not (module.weight.requires_grad or self._takes_constant(consumer)):
             self.notes[consumer.name] = "it is frozen"
             return []
-        width = module.weight.shape[1]
-        step = max(1, block // features(module))
-        pieces = -(-width // step)
-        bounds = [width * piece // pieces for piece in range(pieces + 1)]
-        return [_Task(consumer, module, slice(start, stop)) for start, stop in pairwise(bounds)]
+        return [_Task(consumer, module, columns) for columns in pieces(module, block)]
 
     def _fit(self, tasks: Sequence[_Task], ridge: float) -> None:
         """One pass over the data; then the tasks' layers are better by their blocks."""
