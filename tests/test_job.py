@@ -148,6 +148,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings: Settings, monkeypat
     assert len(columns[0]) == 4
 
 
+def test_a_run_repairs_before_it_retrains(settings: Settings) -> None:
+    plain, _ = said(replace(settings, stop=Stop(rounds=1), retraining=replace(settings.retraining, epochs=0.01)))
+    lines, rounds = said(
+        replace(settings, out=settings.out.with_name("repaired"), stop=Stop(rounds=1), repair=("mean", "least-squares"))
+    )
+    assert "repairs by mean and least-squares" in lines[0]
+    assert "repair" not in plain[0]
+    assert rounds[0].seconds["repair"] > 0
+
+
 def test_a_finished_run_can_go_on_for_more_rounds(settings: Settings) -> None:
     said(replace(settings, stop=Stop(rounds=1)))
     _, rounds = said(settings, resume=True)

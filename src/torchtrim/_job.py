@@ -196,6 +196,7 @@ class _Trimming:
             layers=settings.layers,
             criterion=settings.criterion,
             through_norms=settings.through_norms,
+            repair=settings.repair or None,
             seed=settings.source.seed,
             done=done,
         )
@@ -271,10 +272,11 @@ def _heading(settings: Settings, opened: Opened) -> str:
         named = f"the {layers.start} most silent layers, then their neighbours,"
     else:
         named = ", ".join(layers or ["every layer that can be trimmed"])
+    repaired = f", repairs by {' and '.join(settings.repair)}" if settings.repair else ""
     return (
         f"{settings.source.model} on {settings.source.data}: {sizes[0]:,} examples to train, {sizes[1]:,} to decide "
         f"on, {sizes[2]:,} to test\n"
-        f"trims {named} by {settings.criterion}, {settings.rule}\n"
+        f"trims {named} by {settings.criterion}, {settings.rule}{repaired}\n"
     )
 
 

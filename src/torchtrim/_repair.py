@@ -29,6 +29,7 @@ from torchtrim._trial import tried
 from torchtrim.errors import PlanError, ProfileError, TorchtrimError, TorchtrimWarning
 
 Way: TypeAlias = Literal["mean", "least-squares", "batchnorm"]
+Ways: TypeAlias = Way | Sequence[Way]
 _NEVER_RUN = "it does not run as a module"
 
 
@@ -37,7 +38,7 @@ def repair(
     original: nn.Module,
     example: Any,
     batches: Iterable[Any],
-    how: Way | Sequence[Way] = "least-squares",
+    how: Ways = "least-squares",
     *,
     forward: Forward | None = None,
     ridge: float = 1e-3,
@@ -94,7 +95,7 @@ def repair(
     return repaired
 
 
-def checked_ways(how: Way | Sequence[Way]) -> tuple[Way, ...]:
+def checked_ways(how: Ways) -> tuple[Way, ...]:
     """The ways that are asked for. Raises TorchtrimError: an unknown one, or an order that undoes what was done."""
     ways = (how,) if isinstance(how, str) else tuple(how)
     unknown = [way for way in ways if way not in get_args(Way)]

@@ -158,6 +158,15 @@ def run(
     rule: RuleText = "mean+1std",
     criterion: Criterion = "apoz",
     through_norms: ThroughNorms = False,
+    repair: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAYS",
+            help="Repair what is left from the calibration data before retraining: mean, least-squares, batchnorm; "
+            "several with commas.",
+            rich_help_panel=_TRIM,
+        ),
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(help="Stop after so many. Without any limit: 4.", rich_help_panel=_TRIM)
     ] = None,
@@ -235,6 +244,7 @@ def run(
             rule=parse_rule(rule),
             criterion=criterion,
             through_norms=through_norms,
+            repair=_settings.ways_named(repair),
         )
         say, progress = _display(threads)
         with progress:
