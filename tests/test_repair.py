@@ -13,7 +13,8 @@ from torch.nn.utils import prune
 import torchtrim
 from torchtrim import LayerPlan, Plan
 from torchtrim.errors import PlanError, ProfileError, StoreError, TorchtrimError, TorchtrimWarning
-from toys import Net, randomised
+from torchtrim.testing import random_plan
+from toys import TOYS, Net, randomised
 
 
 def images(*shape: int) -> Tensor:
@@ -306,6 +307,48 @@ def test_several_trims_are_repaired_against_the_first_model() -> None:
     twice = torchtrim.trim(half, Plan({"a": LayerPlan(7, (1, 5)), "twice": LayerPlan(5, (0,))}), data)
     one, other = (torchtrim.repair(small, model, data, [data]) for small in (once, twice))
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:left as they are by the repair")
+@pytest.mark.parametrize("name", TOYS)
+def test_repair_brings_every_toy_closer_to_its_original(name) -> None:
+    torch.manual_seed(0)
+    model, shape = randomised(TOYS[name].build()), TOYS[name].shape
+    graph = torchtrim.trace(model, torch.randn(shape, dtype=torch.float64))
+    small = torchtrim.trim(model, random_plan(graph), graph)
+    data = [torch.randn(shape, dtype=torch.float64) for _ in range(12)]
+    repaired = torchtrim.repair(small, model, graph, data, ("mean", "least-squares"))
+    before, after = (sum(float((one(x) - model(x)).square().sum()) for x in data) for one in (small, repaired))
+    assert after <= before * (1 + 1e-9)
+
+
+def test_heads_of_attention_are_repaired() -> None:
+    """Also where PyTorch's own class computes without calling its last layer."""
+    torch.manual_seed(0)
+    model = randomised(Net(lambda net, x: net.mix(x, x, x)[0], {"mix": nn.MultiheadAttention(8, 4, batch_first=True)}))
+    data = images(20, 5, 8)
+    small = torchtrim.trim(model, Plan({"mix.in_proj_weight": LayerPlan(24, (0, 1, 8, 9, 16, 17))}), data)
+    repaired = torchtrim.repair(small, model, data, [data])
+    assert type(model.mix) is nn.MultiheadAttention
+    assert type(repaired.mix) is type(small.mix)
+    assert (repaired(data) - model(data)).norm() < 0.9 * (small(data) - model(data)).norm()
+
+
+def test_layers_that_are_called_otherwise_when_trimmed_stay() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = net.a(x).relu()
+        for _ in range(net.often):
+            y = net.b(x)
+        return net.out(y)
+
+    modules = {"a": nn.Linear(5, 8), "b": nn.Linear(8, 6), "out": nn.Linear(6, 2)}
+    model, data = randomised(Net(forward, modules)), images(20, 5)
+    model.often = 1
+    small = torchtrim.trim(model, PLAN, data)
+    model.often = 3
+    with pytest.warns(TorchtrimWarning, match="b: it is not called alike in both models"):
+        repaired = torchtrim.repair(small, model, data, [data])
+    assert all(torch.equal(tensor, small.state_dict()[name]) for name, tensor in repaired.state_dict().items())
 
 
 # ------------------------------------------------------------------ what stays

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torchtrim._attention import MultiheadAttention
 from torchtrim._copies import named_tensors
 from torchtrim._profile import Forward, _as_found, _call
 from torchtrim.errors import ProfileError, TorchtrimError
@@ -60,10 +61,14 @@ class Calibration:
 
 @contextmanager
 def as_found(*models: nn.Module) -> Generator[None]:
-    """Evaluation mode inside; modes and random state are as before at the end."""
+    """Evaluation mode inside, in which all layers of attention run as modules; at the end all is as it was."""
+    attention = [module for model in models for module in model.modules() if type(module) is nn.MultiheadAttention]
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(_as_found(model, _device(model)))
+        for module in attention:
+            stack.callback(setattr, module, "__class__", nn.MultiheadAttention)
+            module.__class__ = MultiheadAttention
         yield
 
 
