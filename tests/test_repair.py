@@ -109,7 +109,7 @@ def test_least_squares_is_numpys(build: Callable[[], nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("build", CONSUMERS.values(), ids=CONSUMERS)
-@pytest.mark.parametrize("block", [8192, 20, 1])
+@pytest.mark.parametrize("block", [6144, 20, 1])
 @pytest.mark.parametrize("ridge", [1e-6, 1.0])
 def test_the_squared_error_never_rises(build: Callable[[], nn.Module], block: int, ridge: float) -> None:
     model = chain(build())
@@ -263,7 +263,7 @@ def branches() -> tuple[Branches, Tensor, Plan]:
 
 
 @pytest.mark.parametrize("how", ["mean", "least-squares", "batchnorm", ("mean", "least-squares", "batchnorm")])
-@pytest.mark.parametrize("block", [8192, 3])
+@pytest.mark.parametrize("block", [6144, 3])
 def test_layers_are_repaired_on_what_is_repaired(how, block) -> None:
     model, data, plan = branches()
     small = torchtrim.trim(model, plan, data)
@@ -316,9 +316,10 @@ def test_repair_brings_every_toy_closer_to_its_original(name) -> None:
     model, shape = randomised(TOYS[name].build()), TOYS[name].shape
     graph = torchtrim.trace(model, torch.randn(shape, dtype=torch.float64))
     small = torchtrim.trim(model, random_plan(graph), graph)
-    data = [torch.randn(shape, dtype=torch.float64) for _ in range(12)]
+    data = [torch.randn(shape, dtype=torch.float64) for _ in range(8)]
     repaired = torchtrim.repair(small, model, graph, data, ("mean", "least-squares"))
-    before, after = (sum(float((one(x) - model(x)).square().sum()) for x in data) for one in (small, repaired))
+    with torch.no_grad():
+        before, after = (sum(float((one(x) - model(x)).square().sum()) for x in data) for one in (small, repaired))
     assert after <= before * (1 + 1e-9)
 
 

@@ -28,8 +28,10 @@ class Moments:
         self.square = _added(self.square.to(rows.device), rows, rows)
 
     def spread(self, *, centred: bool) -> Tensor:
-        """Σ x xᵀ, about the mean or about zero."""
-        return self.square - _outer(self.total, self.total) / self.count if centred else self.square
+        """Σ x xᵀ, about the mean or about zero, in memory of its own."""
+        if not centred:
+            return self.square.clone()
+        return self.square.baddbmm(self.total.unsqueeze(2), self.total.unsqueeze(1), alpha=-1 / self.count)
 
 
 class Residuals:
@@ -53,10 +55,6 @@ def _added(sums: Tensor, one: Tensor, other: Tensor) -> Tensor:
     return sums.baddbmm_(one.mT, other)
 
 
-def _outer(one: Tensor, other: Tensor) -> Tensor:
-    return one.unsqueeze(2) * other.unsqueeze(1)
-
-
 def fit(moments: Moments, residuals: Residuals, *, ridge: float, centred: bool) -> tuple[Tensor, Tensor]:
     """What to add to weights and bias, so that a layer's outputs lack as little as can be.
 
@@ -67,16 +65,20 @@ def fit(moments: Moments, residuals: Residuals, *, ridge: float, centred: bool) 
     square = moments.spread(centred=centred)
     product = residuals.product
     if centred:
-        product = product - _outer(moments.total, residuals.total) / moments.count
-    diagonal = square.diagonal(dim1=1, dim2=2)
-    level = diagonal.mean(1).clamp_min(0)
-    # An input that never varies gets no weight; its row of the product is zero too.
-    still = torch.where(diagonal <= 1e-12 * level[:, None], level[:, None].clamp_min(1e-300), 0.0)
-    factor = torch.linalg.cholesky(square + torch.diag_embed(ridge * level[:, None] + still))
-    added = torch.cholesky_solve(product, factor)
+        product = product.baddbmm(moments.total.unsqueeze(2), residuals.total.unsqueeze(1), alpha=-1 / moments.count)
+    damp(square, ridge)
+    added = torch.cholesky_solve(product, torch.linalg.cholesky(square))
     mean = moments.total / moments.count
     bias = residuals.total / moments.count - (mean.unsqueeze(1) @ added).squeeze(1)
     return added, bias if centred else torch.zeros_like(bias)
+
+
+def damp(square: Tensor, ridge: float) -> None:
+    """Add to the variances of inputs, relative to their mean, in place; [groups, features, features]."""
+    diagonal = square.diagonal(dim1=1, dim2=2)
+    level = diagonal.mean(1, keepdim=True).clamp_min(1e-300)  # inputs may all be silent
+    # an input that never varies gets no weight, whatever its sums have rounded to
+    diagonal += ridge * level + torch.where(diagonal <= 1e-12 * level, level, 0.0)
 
 
 # ------------------------------------------------------------------ rows

@@ -19,7 +19,7 @@ from torchtrim._consumers import Consumer, Reader, consumers
 from torchtrim._copies import named_modules
 from torchtrim._graph import trace
 from torchtrim._labels import Atoms
-from torchtrim._moments import Moments, features, groups, pieces, rows
+from torchtrim._moments import Moments, damp, features, groups, pieces, rows
 from torchtrim._neurons import Layer, NeuronGraph
 from torchtrim._profile import Forward, unmeasured
 from torchtrim._select import check_layers
@@ -37,7 +37,7 @@ def reconstruction(
     *,
     forward: Forward | None = None,
     ridge: float = 1e-3,
-    block: int = 8192,
+    block: int = 6144,
 ) -> Criterion:
     """A criterion for `select`: minus the error of what reads a layer, once a neuron and all before it are gone.
 
@@ -160,16 +160,15 @@ class _Reader:
         """The inverse of the moments, float64 [groups, inputs, inputs]; from here on they are not needed."""
         if not self.moments.count:
             return
-        square = self.moments.spread(centred=self.centred) / self.moments.count
+        square = self.moments.spread(centred=self.centred)
         if not square.isfinite().all():
             raise ProfileError(f"{self.name}: what it reads is not finite; look at the weights and the data")
         weight = self.module.weight.detach().unflatten(0, (groups(self.module), -1))[:, :, self.columns]
         self.weight = weight.flatten(2).mT.double()
         self.variance = float((self.weight * (square @ self.weight)).sum())
-        level = square.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)
-        damped = square + torch.diag_embed(ridge * level[:, None].expand(-1, square.shape[1]))
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        self.moments.square = torch.empty(0)
+        self.moments.square = self.moments.total
+        damp(square, ridge)
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(square))
 
     def copy(self) -> "_Reader":
         """Another that is whole when this one is."""

@@ -42,7 +42,7 @@ def repair(
     *,
     forward: Forward | None = None,
     ridge: float = 1e-3,
-    block: int = 8192,
+    block: int = 6144,
 ) -> nn.Module:
     """A new model that makes up for what `trim` removed; `trimmed` and `original` are untouched.
 
@@ -57,10 +57,10 @@ def repair(
       zeros, the mean includes the border. Costs one pass of the original, and next to no memory.
     - "least-squares": the weights and bias of each layer that lost inputs are refitted to what it computes in the
       original, on inputs that are repaired already. The squared error there never rises. Costs a pass of both models
-      for each layer that lies behind another; float64 memory of the square of its inputs (times the kernel), at most
-      16 · block² bytes, beside the activations. Layers with more inputs are fitted by blocks, a pass for each, each
-      block given what the others do: better than before, not the best. Where there is no bias, and no batch norm that
-      alone follows, none is made.
+      for each layer that lies behind another; in float64, the square of its inputs (times the kernel), at most
+      24 · block² bytes, beside what the models take. Layers with more inputs than `block` are fitted by parts, a pass
+      for each, each given what the others do: better than before, not the best. Where there is no bias, and no batch
+      norm that alone follows, none is made.
     - "batchnorm": the mean and variance of each batch norm are those of the data. One pass of the trimmed model, in
       which batches are normalised by themselves; so let them be as large as in training.
 
