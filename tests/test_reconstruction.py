@@ -44,6 +44,18 @@ def test_costs_are_those_of_numpys_greedy(build) -> None:
         assert costs[neurons == gone[-1]] == pytest.approx(min(errors), abs=1e-7)
 
 
+def test_a_norm_behind_a_layer_makes_up_for_means() -> None:
+    model = chain(nn.Conv2d(8, 4, 3, bias=False))
+    model.function = lambda net, x: net.out(net.norm(net.b(net.a(x).relu())).relu().mean((2, 3)))
+    model.norm = randomised(nn.BatchNorm2d(4))
+    data = data_for(model.b)
+    costs = -torchtrim.reconstruction(model, data, [data], ["a"], ridge=1e-12)(torchtrim.profile(model, [data])["a"])
+    x, y = read_by(model, "b", data)
+    x, y = unfolded(model.b, x), outputs_of(model.b, y)
+    errors = [error_without(x, y, np.repeat(np.arange(8) == unit, 9), centred=True) for unit in range(8)]
+    assert costs.min() == pytest.approx(min(errors), rel=1e-6)
+
+
 def test_costs_of_flattened_positions_and_of_several_readers() -> None:
     torch.manual_seed(0)
     model = randomised(

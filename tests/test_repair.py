@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 
 import torchtrim
 from torchtrim import LayerPlan, Plan
+from torchtrim._moments import Moments
 from torchtrim.errors import PlanError, ProfileError, StoreError, TorchtrimError, TorchtrimWarning
 from torchtrim.testing import random_plan
 from toys import TOYS, Net, randomised
@@ -298,6 +299,27 @@ def test_layers_that_read_the_same_share_a_pass_and_its_moments() -> None:
     passes = 0
     torchtrim.repair(small, model, data, Counted(data.split(25)), "mean")
     assert passes == 1
+
+
+def test_layers_share_moments_only_of_the_same_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    added: list[Moments] = []
+    usual = Moments.add
+    monkeypatch.setattr(Moments, "add", lambda self, rows: (added.append(self), usual(self, rows)))
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = net.a(x).relu()
+        y = net.twice(net.twice(x).tanh()) + net.b(x) + net.c(x) + net.d(x + 0)
+        return net.out(y)
+
+    modules: dict[str, nn.Module] = {name: nn.Linear(8, 8) for name in ("twice", "b", "c", "d")}
+    model = randomised(Net(forward, {"a": nn.Linear(5, 8), **modules, "out": nn.Linear(8, 2)}))
+    data = images(60, 5)
+    small = torchtrim.trim(model, PLAN, data)
+    repaired = torchtrim.repair(small, model, data, [data])
+    assert len(added) == 5  # twice, twice; b, for c too; d; out
+    assert len(set(map(id, added))) == 4
+    assert not torch.equal(repaired.twice.weight, small.twice.weight)
 
 
 def test_several_trims_are_repaired_against_the_first_model() -> None:

@@ -49,8 +49,8 @@ which the next layer can be refitted best; least squares is that refitting. The 
 Test accuracy, %.
 
 {table(head, rows)}
-Processor time in seconds: to score the neurons, {listed(seconds, ("apoz", "reconstruction"))} (that of APoZ holds for
-all that are taken from one profile); to repair, {listed(seconds, ("mean", "least squares"))}.""",
+Processor time in seconds: to score the neurons, {listed(seconds, ("apoz", "reconstruction"))}
+(that of APoZ holds for all that are taken from one profile); to repair, {listed(seconds, ("mean", "least squares"))}.""",
     )
 
 

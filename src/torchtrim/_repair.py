@@ -5,7 +5,6 @@ each layer that lost inputs, so that it computes what the original does there; H
 Accelerating Very Deep Neural Networks", 2017, section 3.1. "batchnorm" measures the statistics of batch norms anew.
 """
 
-import copy
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -287,17 +286,16 @@ class _Work:
                     sums[module] = _Sums()
                 else:
                     self.notes[name] = "it is frozen"
-        before = [(module, module.momentum, copy.copy(module._buffers), module.training) for module in sums]
+        before = [(module, module.num_batches_tracked, module.training) for module in sums]
         try:
             for module in sums:
-                module.train()
-                module.momentum = 0.0
-                module.num_batches_tracked = None  # batches are normalised by themselves, and change nothing else
+                module.train()  # batches are normalised by themselves
+                module.num_batches_tracked = None
             for batch in self.data if sums else ():
                 self.data.run(self.repaired, batch, {module: one.add for module, one in sums.items()})
         finally:
-            for module, momentum, buffers, training in before:
-                module.momentum, module._buffers, module.training = momentum, buffers, training
+            for module, tracked, training in before:
+                module.num_batches_tracked, module.training = tracked, training
         for module, one in sums.items():
             if one.count > 1:
                 mean = one.total / one.count
