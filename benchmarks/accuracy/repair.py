@@ -50,7 +50,8 @@ Test accuracy, %.
 
 {table(head, rows)}
 Processor time in seconds: to score the neurons, {listed(seconds, ("apoz", "reconstruction"))}
-(that of APoZ holds for all that are taken from one profile); to repair, {listed(seconds, ("mean", "least squares"))}.""",
+(that of APoZ holds for all that are taken from one profile); to repair,
+{listed(seconds, ("mean", "least squares"))}.""",
     )
 
 
