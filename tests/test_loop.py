@@ -247,6 +247,18 @@ def test_a_round_repairs_against_the_model_that_it_trims() -> None:
         )
 
 
+def test_reconstruction_is_measured_of_each_rounds_model() -> None:
+    model, layers = chain(), ["layers.1", "layers.3"]
+    options = {"layers": layers, "stop": Stop(rounds=2), "criterion": "reconstruction", "repair": "least-squares"}
+    before = model
+    for done in rounds(model, **options):
+        criterion = torchtrim.reconstruction(before, INPUTS[:2], [INPUTS], layers)
+        expected = torchtrim.select(done.profile, rule=Fraction(0.25), layers=layers, criterion=criterion)
+        assert done.plan.removed == expected.removed
+        assert done.plan.source == "reconstruction, fraction:0.25"
+        before = done.model
+
+
 def test_a_model_without_trimmable_layers_says_why() -> None:
     with pytest.raises(PlanError, match=r"no layer that can be trimmed:\n.*output of the model"):
         rounds(nn.Linear(4, 3))

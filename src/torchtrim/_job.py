@@ -30,6 +30,7 @@ from torchtrim._graph import trace
 from torchtrim._loop import Progressive, Round, Stop, iterate
 from torchtrim._picture import picture
 from torchtrim._profile import Profile, profile, unmeasured
+from torchtrim._reconstruction import reconstruction
 from torchtrim._report import Ancestor, RoundTable, advice, profile_table, says_nothing
 from torchtrim._run_directory import RunDirectory
 from torchtrim._select import MeanPlusStd, Rule, check_layers
@@ -71,8 +72,11 @@ def silence(
         )
     loader = batches(opened.data.calibration, reading.batch_size, workers=reading.workers)
     measured = profile(opened.model, _Watched(loader, progress, "measuring"), through_norms=through_norms)
-    yield profile_table(measured, rule, criterion)
-    yield "\n".join(advice(measured, rule, criterion))
+    function = criteria.resolve(criterion)
+    if function is criteria.reconstruction:
+        function = reconstruction(opened.model, opened.graph, _Watched(loader, progress, "measuring"))
+    yield profile_table(measured, rule, function)
+    yield "\n".join(advice(measured, rule, function))
     if out is not None:
         measured.save(out)
         yield f"The profile is in {short(out)}."

@@ -21,6 +21,7 @@ from torchtrim._graph import trace
 from torchtrim._history import history
 from torchtrim._plan import Plan
 from torchtrim._profile import Forward, Profile, profile, unmeasured
+from torchtrim._reconstruction import reconstruction
 from torchtrim._repair import Ways, checked_ways, repair
 from torchtrim._select import Rule, check_layers, resolve_rule, select
 from torchtrim._surgery import trim
@@ -230,7 +231,7 @@ def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Sett
         layers = _layers_left(settings.layers, measured, last)
         if layers is not None and not layers:
             return None
-        plan = select(measured, rule=settings.rule, layers=layers, criterion=settings.criterion)
+        plan = select(measured, rule=settings.rule, layers=layers, criterion=_criterion(model, layers, settings))
     if not plan.removed:
         return None
     with clock("evaluate"):
@@ -265,6 +266,17 @@ def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Sett
         Accuracy(before, trimmed, retrained),
         test,
         clock.seconds,
+    )
+
+
+def _criterion(model: nn.Module, layers: Sequence[str] | None, settings: _Settings) -> Criterion:
+    """The criterion; one that needs more than a profile is measured."""
+    criterion = criteria.resolve(settings.criterion)
+    if criterion is not criteria.reconstruction:
+        return criterion
+    norms = settings.through_norms
+    return reconstruction(
+        model, settings.example, settings.batches, layers, forward=settings.forward, through_norms=norms
     )
 
 

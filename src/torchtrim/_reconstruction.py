@@ -38,6 +38,7 @@ def reconstruction(
     forward: Forward | None = None,
     ridge: float = 1e-3,
     block: int = 6144,
+    through_norms: bool = False,
 ) -> Criterion:
     """A criterion for `select`: minus the error of what reads a layer, once a neuron and all before it are gone.
 
@@ -48,12 +49,12 @@ def reconstruction(
 
     example: as for `trim`; what `trace` found will do. batches, forward: as for `profile`; a pass over them for as many
     layers as `block` has room for. layers: as for `select`. ridge, block: as for `repair`; a layer with more inputs
-    than `block` is looked at by blocks, each of which has to make up for its own.
+    than `block` is looked at by blocks, each of which has to make up for its own. through_norms: as for `trace`.
 
     Raises PlanError: layers that are unknown or locked, or that no linear or convolutional layer reads. Raises
     ProfileError: batches that do not fit.
     """
-    graph = example if isinstance(example, NeuronGraph) else trace(model, example)
+    graph = example if isinstance(example, NeuronGraph) else trace(model, example, through_norms=through_norms)
     profile = unmeasured(model, graph)
     check_layers(profile, layers)
     data = Calibration(batches, forward)

@@ -76,7 +76,9 @@ RuleText = Annotated[
 Criterion = Annotated[
     str,
     typer.Option(
-        help="Their score: apoz, mean_activation, l1_norm, l2_norm, contribution, random:SEED.", rich_help_panel=_TRIM
+        help="Their score: apoz, mean_activation, l1_norm, l2_norm, contribution, random:SEED, or reconstruction, with "
+        "such as fraction:0.2 or threshold:-0.01 (an error of 1 %).",
+        rich_help_panel=_TRIM,
     ),
 ]
 BatchSize = Annotated[
