@@ -27,9 +27,10 @@ from torchtrim.errors import TraceError
 _MAKERS = frozenset([torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor, Tensor.new])
 _INDEXERS = frozenset([Tensor.__getitem__, Tensor.__setitem__])
 _RMS_NORMS = frozenset([torch.rms_norm, F.rms_norm])
-_DATA = Tensor.data
+_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 # Functions that hand the data of a tensor to Python.
 _READERS = frozenset([Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__])
+_WATCHED = _MAKERS | _INDEXERS | _RMS_NORMS | _READERS | {_DATA}
 
 
 class _Data(TorchFunctionMode):
@@ -42,9 +43,11 @@ class _Data(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func not in _WATCHED:
+            return func(*args, **(kwargs or {}))
+        where = self.flow.where[-1]
         if func in _MAKERS:
             numbers = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, (int, float)))
-            where = self.flow.where[-1] if self.flow.where else ""
             self.flow.steps.append(Step("data", where, numbers))
         elif func in _INDEXERS:  # lists and ranges, of which PyTorch makes tensors unseen
             places = [one for one in pytree.tree_leaves(args[1:2]) if isinstance(one, range)]
@@ -52,11 +55,9 @@ class _Data(TorchFunctionMode):
             numbers = [leaf for one in lists if isinstance(one, list) for leaf in pytree.tree_leaves(one)]
             numbers += [number for place in places for number in place]
             if numbers:
-                where = self.flow.where[-1] if self.flow.where else ""
                 constants = tuple(one for one in numbers if isinstance(one, (int, float)))
                 self.flow.steps.append(Step("data", where, constants))
         elif func in _RMS_NORMS:  # made of other operators, which do not hear of the shape that it is told
-            where = self.flow.where[-1] if self.flow.where else ""
             factors = self.flow.read(args[0]).factors
             note_normalized(self.flow.ledger, where, factors, args[0].ndim, args[1])
         elif func in _READERS:
@@ -69,7 +70,7 @@ class _Data(TorchFunctionMode):
             if args[0].is_meta and mark is not None and mark.value is not None:
                 args = (mark.value, *args[1:])
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__self__", None) is _DATA and isinstance(result, Tensor):  # `.data`, which no operator makes
+        if func == _DATA and isinstance(result, Tensor):  # which no operator makes
             self.flow.mark(result, self.flow.read(args[0]), origin_of(args[0]), memory_among(args[0], [args[0]]))
         return result
 
