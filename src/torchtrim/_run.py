@@ -5,7 +5,8 @@ model is never touched and no arithmetic is done.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from torchtrim._copies import call_arguments, named_modules, named_tensors
+from torchtrim._copies import call_arguments, modules_of, named_modules, named_tensors
 from torchtrim._flow import IS_OUTPUT, Flow, Step
 from torchtrim._labels import UNKNOWN, Labels, Ledger
 from torchtrim._marks import SMALL, mark_of, memory_among, origin_of
@@ -91,7 +92,7 @@ def run(
         if name in labels:
             flow.mark(tensor, labels[name], Origin((name, 0)))
     if device == "meta":
-        _leave_data(model, flow)
+        _leave_data(flow)
     args, kwargs = pytree.tree_map(
         lambda value: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value,
         call_arguments(example),
@@ -104,20 +105,20 @@ def run(
     model.train(training)
     devices = [] if torch.device(device).type in ("cpu", "meta") else [device]
     try:
-        with _located(model, flow), _unfused(), torch.random.fork_rng(devices), torch.no_grad(), flow, _Data(flow):
+        with _located(flow), _unfused(), torch.random.fork_rng(devices), torch.no_grad(), flow, _Data(flow):
             outputs = model(*args, **kwargs)
     except Exception as error:
         raise RunError(flow, error) from error
-    held = [vars(module).items() for module in model.modules()]
+    held = [vars(module).items() for module in modules_of(model)]
     kept = tensors(value for some in held for name, value in some if name not in ("_parameters", "_buffers"))
     flow.finish(_outputs(outputs, set()), kept)
     return flow
 
 
-def _leave_data(model: nn.Module, flow: Flow) -> None:
+def _leave_data(flow: Flow) -> None:
     """Take the data from tensors that modules hold besides parameters and buffers, such as grids; note small ones."""
     left: dict[int, Tensor] = {}
-    for name, module in named_modules(model).items():
+    for name, module in flow.modules.items():
         for key, tensor in vars(module).items():
             if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta:
                 if id(tensor) not in left:
@@ -139,17 +140,26 @@ class RunError(TraceError):
 
 
 @contextmanager
-def _located(model: nn.Module, flow: Flow) -> Generator[None]:
-    """Tell the flow which module is running. What has raised is not left, so that the error can say where it was."""
-    with ExitStack() as handles:
-        for name, module in named_modules(model).items():
-            handles.enter_context(module.register_forward_pre_hook(lambda *_, name=name: flow.where.append(name)))
-            handles.enter_context(module.register_forward_hook(lambda *_: _ignore(flow.where.pop())))
+def _located(flow: Flow) -> Generator[None]:
+    """Tell the flow which module is running, in the place that PyTorch keeps for other ways to call a module.
+
+    Hooks would do, at the price of PyTorch's slow path through every call.
+    """
+    for name, module in flow.modules.items():
+        vars(module)["_compiled_call_impl"] = partial(_called, flow.where, name, module)
+    try:
         yield
+    finally:
+        for module in flow.modules.values():
+            del vars(module)["_compiled_call_impl"]
 
 
-def _ignore(_: Any) -> None:
-    """A hook that returns something would replace the module's output."""
+def _called(where: list[str], name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A module's call. What has raised is not left, so that the error can say where it was."""
+    where.append(name)
+    result = module._call_impl(*args, **kwargs)
+    where.pop()
+    return result
 
 
 @contextmanager
