@@ -84,6 +84,8 @@ class Flow(TorchDispatchMode):
         self.where: list[str] = [""]
         self.modules: dict[str, nn.Module] = {}
         self.blamed: list[Labels] = []
+        self.announced = False  # whether a function that the model's code called is running
+        self.knows_widths = False  # whether that code may have learnt of a width
         self._pure: set[int] = set()  # the steps that do nothing but give results
         self._parts = 0
         self._writes: dict[Memory, list[tuple[Factor, ...]]] = {}  # by memory, the labels of what was written
@@ -97,6 +99,7 @@ class Flow(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.knows_widths = self.knows_widths or not self.announced
         operator = _operator(func)
         name = "alias" if operator.name == "as_strided" and _as_it_is(*args) else operator.name
         is_view = name in VIEWS

@@ -2,7 +2,8 @@
 
 `trace` runs the model once under label propagation, resolves what must go together, then proves itself on a trial:
 some neurons of every group are removed, and the labels of the trimmed model must be the original ones without them,
-at every operator. A group that fails is locked with the reason; the others stay.
+at every operator. A group that fails is locked with the reason; the others stay. Code that cannot know its widths
+needs no trial.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchtrim._copies import named_tensors
+from torchtrim._copies import modules_of, named_tensors
+from torchtrim._doubts import may_read_widths
 from torchtrim._flow import Flow
 from torchtrim._labels import Atoms, Labels, Ledger
 from torchtrim._neurons import Layer, NeuronGraph, group_of, memory_of
@@ -37,7 +39,8 @@ def trace(model: nn.Module, example: Any, *, through_norms: bool = False) -> Neu
 
     Raises `TraceError` when the model cannot run on the example. The model is not touched.
     """
-    return tried(model, untried(model, example, through_norms=through_norms))
+    graph = untried(model, example, through_norms=through_norms)
+    return graph if graph.certain else tried(model, graph)
 
 
 def untried(model: nn.Module, example: Any, *, through_norms: bool = False) -> NeuronGraph:
@@ -71,8 +74,12 @@ def untried(model: nn.Module, example: Any, *, through_norms: bool = False) -> N
     owners = _owners(axes, [atoms for _, one in flows for atoms in one.produced])
     described = tuple(descriptions(model, ledger, root))
     sites, sizes = tuple(flow.sites), tuple(ledger.sizes)
+    ignorant = device == "meta" and not any(one.knows_widths for _, one in flows)
+    decided = not (through_norms or ledger.undecided)
+    attributes = {one.attribute for one in described}
+    certain = ignorant and decided and not may_read_widths(modules_of(model), attributes)
     graph = NeuronGraph(
-        {}, rooted, axes, device, recordings, sites, root, example, trained_on, described, sizes, through_norms
+        {}, rooted, axes, device, recordings, sites, root, example, trained_on, described, sizes, through_norms, certain
     )
     return replace(graph, layers=_layers(owners, rooted, pinned))
 

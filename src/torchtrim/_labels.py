@@ -157,6 +157,11 @@ class Ledger:
         self._pins = [demand for demand in self._pins if demand[0] not in steps]
         self._rectangles = [demand for demand in self._rectangles if demand[0] not in steps]
 
+    @property
+    def undecided(self) -> bool:
+        """Whether `resolve` has to choose between what could go."""
+        return bool(self._eithers or self._rectangles)
+
     def touched(self, count: int) -> NDArray[np.bool_]:
         """Which of the atoms any operator has spoken of."""
         touched = np.zeros(count, bool)

@@ -75,6 +75,7 @@ class NeuronGraph:
 
     `axes`: the roots of every axis of every tensor; `atoms`: the atoms that these are the roots of.
     `sizes`: what the modules' own code gave to labelled axes. `through_norms`: whether what norms average over may go.
+    `certain`: whether a trial cut can teach nothing, since the model's code was seen to know none of its widths.
     """
 
     layers: Mapping[str, Layer]
@@ -89,6 +90,7 @@ class NeuronGraph:
     descriptions: tuple[Description, ...] = ()
     sizes: tuple[Size, ...] = ()
     through_norms: bool = False
+    certain: bool = False
 
     @property
     def locked(self) -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from torchtrim._copies import call_arguments, modules_of, named_modules, named_tensors
+from torchtrim._doubts import tells_widths
 from torchtrim._flow import IS_OUTPUT, Flow, Step
 from torchtrim._labels import UNKNOWN, Labels, Ledger
 from torchtrim._marks import SMALL, mark_of, memory_among, origin_of
@@ -44,8 +45,15 @@ class _Data(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func not in _WATCHED:
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        self.flow.knows_widths = self.flow.knows_widths or tells_widths(func, args, kwargs)
+        self.flow.announced = True
+        try:
+            return self._watched(func, args, kwargs) if func in _WATCHED else func(*args, **kwargs)
+        finally:
+            self.flow.announced = False
+
+    def _watched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         where = self.flow.where[-1]
         if func in _MAKERS:
             numbers = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, (int, float)))
@@ -70,7 +78,7 @@ class _Data(TorchFunctionMode):
             mark = mark_of(args[0])
             if args[0].is_meta and mark is not None and mark.value is not None:
                 args = (mark.value, *args[1:])
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         if func == _DATA and isinstance(result, Tensor):  # which no operator makes
             self.flow.mark(result, self.flow.read(args[0]), origin_of(args[0]), memory_among(args[0], [args[0]]))
         return result
