@@ -83,8 +83,10 @@ def without_caches(model: nn.Module) -> nn.Module:
     What has run without data has filled these by itself, and will do so again.
     """
     for module in modules_of(model):
-        for value in vars(module).values():
-            if type(value) is dict and all(isinstance(one, Tensor) and _is_device(key) for key, one in value.items()):
+        for name, value in vars(module).items():
+            if type(value) is not dict or name in ("_parameters", "_buffers", "_modules"):
+                continue
+            if all(isinstance(one, Tensor) and _is_device(key) for key, one in value.items()):
                 value.clear()
     return model
 

@@ -81,7 +81,7 @@ def untried(model: nn.Module, example: Any, *, through_norms: bool = False) -> N
     graph = NeuronGraph(
         {}, rooted, axes, device, recordings, sites, root, example, trained_on, described, sizes, through_norms, certain
     )
-    return replace(graph, layers=_layers(owners, rooted, pinned))
+    return replace(graph, layers=_layers(owners, rooted, pinned, count))
 
 
 def _number(sources: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Atoms, ...]], int]:
@@ -182,13 +182,15 @@ def _layer_name(parameter: str) -> str:
 
 
 def _layers(
-    owners: Sequence[_Owner], axes: Mapping[str, tuple[Atoms, ...]], pinned: Mapping[int, str]
+    owners: Sequence[_Owner], axes: Mapping[str, tuple[Atoms, ...]], pinned: Mapping[int, str], count: int
 ) -> dict[str, Layer]:
+    stuck = np.zeros(count, bool)
+    stuck[[*pinned]] = True
     layers: dict[str, Layer] = {}
     groups: dict[int, str] = {}
     for owner in owners:
         roots = axes[owner.parameter][owner.axis]
-        removable = np.array([int(value) not in pinned for value in roots])
+        removable = ~stuck[roots]
         group = group_of(owner.name, roots[removable], groups)
         reason = None if removable.any() else pinned[int(roots[0])]
         layers[owner.name] = Layer(owner.name, owner.parameter, owner.axis, roots, removable, group, reason)

@@ -132,7 +132,8 @@ class Ledger:
         if self._root is None:
             return True
         one, other = self._root[one], self._root[other]
-        return bool(((one == other) | (one == 0) | (other == 0)).all())
+        equal = one == other
+        return bool(equal.all()) or bool((equal | (one == 0) | (other == 0)).all())
 
     def keep_rectangular(self, atoms: Atoms, reason: str) -> None:
         """One axis was cut into several: what goes must be whole lines along one of them; `resolve` says which."""

@@ -54,7 +54,8 @@ class Call:
         for factor in factors:
             current: Factor | None = factor
             for axis in axes:
-                current = self.fix(current, axis, why) if current else None
+                if current and current.varies(axis):
+                    current = self.fix(current, axis, why)
             if current:
                 kept.append(current)
         return kept
@@ -103,7 +104,10 @@ def operand(call: Call, tensor: Tensor) -> Operand:
 
 def distinct_shape(tensor: Tensor) -> Shape:
     """The shape without what `expand` added: there all elements are one and the same, so that any size will do."""
-    return tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    strides = tensor.stride()
+    if 0 not in strides:
+        return tensor.shape
+    return tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, strides, strict=True))
 
 
 def merge(call: Call, operands: Sequence[Operand], zero: Callable[[Flags], bool]) -> list[Factor]:

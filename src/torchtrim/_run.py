@@ -4,6 +4,7 @@ Works on a copy whose tensors are replaced (`rebuild`), on the meta device where
 model is never touched and no arithmetic is done.
 """
 
+import gc
 from collections.abc import Generator, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import partial
@@ -113,7 +114,15 @@ def run(
     model.train(training)
     devices = [] if torch.device(device).type in ("cpu", "meta") else [device]
     try:
-        with _located(flow), _unfused(), torch.random.fork_rng(devices), torch.no_grad(), flow, _Data(flow):
+        with (
+            _located(flow),
+            _unfused(),
+            _uncollected(),
+            torch.random.fork_rng(devices),
+            torch.no_grad(),
+            flow,
+            _Data(flow),
+        ):
             outputs = model(*args, **kwargs)
     except Exception as error:
         raise RunError(flow, error) from error
@@ -179,6 +188,18 @@ def _unfused() -> Generator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """The many small objects of a run are kept anyway, so that looking for cycles among them is in vain."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _outputs(value: Any, seen: set[int], reason: str = IS_OUTPUT) -> list[tuple[Tensor, str]]:
