@@ -63,7 +63,8 @@ class WithoutNorms(TorchDispatchMode):
             dims = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else None
             kept = (kwargs or {}).get("keepdim", args[2] if name == "mean" and len(args) > 2 else False)
             values = args[0] if name == "mean" else args[0].square()
-            total = values.sum(dims, keepdim=kept) / self._COUNT
+            # in double precision, or a sum of fewer would be rounded otherwise where norms compute in single
+            total = (values.sum(dims, keepdim=kept, dtype=torch.float64) / self._COUNT).to(values.dtype)
             return total.sqrt() if name == "std" else total
         return func(*args, **(kwargs or {}))
 
