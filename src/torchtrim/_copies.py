@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -56,6 +56,24 @@ def rebuild(model: nn.Module, replace: Mapping[str, Tensor]) -> nn.Module:
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         vars(memo[id(old)]).update(vars(old))  # marks that users leave on parameters, such as `no_weight_decay`
     return _copied(model, memo)
+
+
+def contract(model: nn.Module, lists: Mapping[str, Sequence[int]]) -> None:
+    """Leave of these lists of modules the entries at these places, numbered anew; in place."""
+    for name, places in lists.items():
+        entries = model.get_submodule(name)._modules
+        left = [entries[str(place)] for place in places]
+        entries.clear()
+        entries.update((str(place), entry) for place, entry in enumerate(left))
+
+
+def contracted_name(name: str, lists: Mapping[str, Sequence[int]]) -> str | None:
+    """What a module or tensor is called once lists are contracted; None where it is gone."""
+    for entries, places in lists.items():
+        place, dot, rest = name.removeprefix(f"{entries}.").partition(".")
+        if name.startswith(f"{entries}.") and place.isdecimal():
+            return f"{entries}.{places.index(int(place))}{dot}{rest}" if int(place) in places else None
+    return name
 
 
 def compacted(model: nn.Module) -> nn.Module:

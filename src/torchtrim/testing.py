@@ -37,9 +37,11 @@ def random_plan(graph: NeuronGraph, seed: int = 0, fraction: float = 0.3) -> Pla
     for layer in graph.layers.values():
         if gone[layer.roots].all():
             gone[layer.roots[0]] = False
+    for mixture in graph.mixtures:
+        gone[mixture.lacking(~gone)] = False
     positions = {name: np.flatnonzero(gone[layer.roots]) for name, layer in graph.layers.items()}
     layers = {n: LayerPlan(graph.layers[n].width, tuple(p.tolist())) for n, p in positions.items() if p.size}
-    return Plan(layers, through_norms=graph.through_norms)
+    return Plan(layers, through_norms=graph.through_norms, experts=graph.experts)
 
 
 class WithoutNorms(TorchDispatchMode):
@@ -83,19 +85,20 @@ def assert_exact(
     seeds: Sequence[int] = (0,),
     rtol: float = 1e-6,
     through_norms: bool = False,
+    experts: bool = False,
 ) -> Plan:
     """Trim a model at random and compare with the same model masked, in double precision; returns the last plan.
 
     The model is copied, in evaluation mode, and its floating-point inputs are converted. example: as for `trace`;
     others: further inputs to compare on, such as another batch size. fraction: how much of every group goes.
-    through_norms: as for `trace`; both are then compared without norms, see `WithoutNorms`.
+    through_norms: as for `trace`; both are then compared without norms, see `WithoutNorms`. experts: as for `trace`.
 
     Raises AssertionError with the largest difference, relative to the largest output; TorchtrimError when nothing can
     be trimmed.
     """
     double = copy.deepcopy(model).double().eval()
     inputs = [pytree.tree_map(_double, one) for one in (example, *others)]
-    graph = trace(double, inputs[0], through_norms=through_norms)
+    graph = trace(double, inputs[0], through_norms=through_norms, experts=experts)
     plan = Plan({})
     for seed in seeds:
         plan = random_plan(graph, seed, fraction)
