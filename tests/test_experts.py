@@ -318,7 +318,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         "import sys\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_experts import network\n"
-        "def build(classes):\n"
+        "def build():\n"
         "    return network().float()\n"
     )
     command = ["inspect", f"{file}:build", "--input", "20x4"]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -111,9 +112,10 @@ def merge(call: Call, operands: Sequence[Operand], zero: Callable[[Flags], bool]
     ndim = max((len(shape) for _, shape, _ in operands), default=0)
     found: list[tuple[Factor, Flags]] = []
     for index, (factors, _, _) in enumerate(operands):
-        for raw in factors:
-            factor = fit(raw, ndim)
-            flags = _united(call, found, factor)
+        fitted = [fit(raw, ndim) for raw in factors]
+        before = tuple(found)
+        for factor in fitted:
+            flags = _united(call, _met(call, before, fitted, factor), factor)
             if flags is None:
                 flags = Flags([None] * len(operands))
                 found.append((factor, flags))
@@ -128,7 +130,35 @@ def merge(call: Call, operands: Sequence[Operand], zero: Callable[[Flags], bool]
     return merged
 
 
-def _united(call: Call, found: list[tuple[Factor, Flags]], factor: Factor) -> Flags | None:
+def _met(
+    call: Call, found: Sequence[tuple[Factor, Flags]], own: Sequence[Factor], factor: Factor
+) -> Sequence[tuple[Factor, Flags]]:
+    """Those that a factor meets, of other operands: where axes were joined (experts and units), each its own kind.
+
+    One of which the other operand has no kind stays.
+    """
+    axes = set(factor.axes())
+    sharing = [one for one in found if axes.intersection(one[0].axes())]
+    beside = [one for one in own if axes.intersection(one.axes())]
+    if not sharing or max(len(sharing), len(beside)) < 2:
+        return sharing
+    theirs, ours = {_pattern(one): (one, flags) for one, flags in sharing}, {_pattern(one): one for one in beside}
+    some = ours.keys() <= theirs.keys() or theirs.keys() <= ours.keys()
+    if not some or (len(theirs), len(ours)) != (len(sharing), len(beside)):
+        return sharing
+    for pattern in theirs.keys() ^ ours.keys():
+        alone = ours[pattern] if pattern in ours else theirs[pattern][0]
+        call.ledger.pin(alone.atoms.ravel(), call.reason("combined"))
+    return [one for pattern, one in theirs.items() if ours.get(pattern) is factor]
+
+
+def _pattern(factor: Factor) -> tuple[Shape, bytes]:
+    """Which of its positions are alike."""
+    _, first, inverse = np.unique(factor.atoms, return_index=True, return_inverse=True)
+    return factor.atoms.shape, first[inverse.ravel()].tobytes()
+
+
+def _united(call: Call, found: Sequence[tuple[Factor, Flags]], factor: Factor) -> Flags | None:
     """Unite a factor with those that share an axis with it; returns the flags of the one of its own shape."""
     axes = set(factor.axes())
     same: Flags | None = None

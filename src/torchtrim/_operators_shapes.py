@@ -300,6 +300,21 @@ def _index(call: Call) -> Labels:
     return labels.with_factors(f.map(f.atoms.reshape(shape)) for f, shape in zip(factors, shapes, strict=True))
 
 
+@ROWS.of("index_add")
+def _index_add(call: Call) -> Labels:
+    """Rows are added to those that the data pick: their axis keeps its size."""
+    inputs, axis, index, added = call.args[:4]
+    if _has_labels(call, [index]):
+        return unknown(call)
+    operands: list[Operand] = []
+    for one in (inputs, added):
+        labels = call.labels_of(one)
+        factors = call.fix_axes(labels.factors, [axis % inputs.ndim], "positions are picked")
+        shape = tuple(1 if i == axis % inputs.ndim else size for i, size in enumerate(one.shape))
+        operands.append((factors, shape, labels.uniform))
+    return Labels(tuple(merge(call, operands, all_zero)))
+
+
 def _has_labels(call: Call, indices: Sequence[Tensor]) -> bool:
     """Indices that neurons computed differ from neuron to neuron; those that the model holds stay as they are."""
     for labels in map(call.labels_of, indices):
