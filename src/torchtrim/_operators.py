@@ -115,7 +115,8 @@ def merge(call: Call, operands: Sequence[Operand], zero: Callable[[Flags], bool]
         fitted = [fit(raw, ndim) for raw in factors]
         before = tuple(found)
         for factor in fitted:
-            flags = _united(call, _met(call, before, fitted, factor), factor)
+            beside = [one for one in found if one[1][index] is not None and _alike(one[0], factor)]
+            flags = _united(call, [*beside, *_met(call, before, fitted, factor)], factor)
             if flags is None:
                 flags = Flags([None] * len(operands))
                 found.append((factor, flags))
@@ -143,13 +144,28 @@ def _met(
     if not sharing or max(len(sharing), len(beside)) < 2:
         return sharing
     theirs, ours = {_pattern(one): (one, flags) for one, flags in sharing}, {_pattern(one): one for one in beside}
-    some = ours.keys() <= theirs.keys() or theirs.keys() <= ours.keys()
-    if not some or (len(theirs), len(ours)) != (len(sharing), len(beside)):
+    both, one_sided = theirs.keys() & ours.keys(), theirs.keys() ^ ours.keys()
+    apart = not any(_tells(one, other) for one in both for other in one_sided)
+    if (len(theirs), len(ours)) != (len(sharing), len(beside)) or not both or not apart:
         return sharing
-    for pattern in theirs.keys() ^ ours.keys():
+    for pattern in one_sided:
         alone = ours[pattern] if pattern in ours else theirs[pattern][0]
         call.ledger.pin(alone.atoms.ravel(), call.reason("combined"))
     return [one for pattern, one in theirs.items() if ours.get(pattern) is factor]
+
+
+def _alike(one: Factor, other: Factor) -> bool:
+    """Whether two labels of a tensor share an axis, and one of them tells the other's positions apart."""
+    if not set(one.axes()).intersection(other.axes()):
+        return False
+    patterns = _pattern(one), _pattern(other)
+    return one.atoms.shape != other.atoms.shape or _tells(*patterns) or _tells(*patterns[::-1])
+
+
+def _tells(one: tuple[Shape, bytes], other: tuple[Shape, bytes]) -> bool:
+    """Whether what is alike by one pattern is alike by the other."""
+    mine, theirs = (np.frombuffer(content, np.int64) for _, content in (one, other))
+    return mine.size == theirs.size and np.array_equal(theirs[mine], theirs)
 
 
 def _pattern(factor: Factor) -> tuple[Shape, bytes]:
