@@ -7,6 +7,7 @@ The rows of products, statistics and shapes are in rooms of their own.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -111,12 +112,11 @@ def merge(call: Call, operands: Sequence[Operand], zero: Callable[[Flags], bool]
     """Unite the labels of broadcast operands; `zero` says from the operands' flags whether the result is zero."""
     ndim = max((len(shape) for _, shape, _ in operands), default=0)
     found: list[tuple[Factor, Flags]] = []
-    for index, (factors, _, _) in enumerate(operands):
-        fitted = [fit(raw, ndim) for raw in factors]
-        before = tuple(found)
-        for factor in fitted:
-            beside = [one for one in found if one[1][index] is not None and _alike(one[0], factor)]
-            flags = _united(call, [*beside, *_met(call, before, fitted, factor)], factor)
+    fitted = [[fit(raw, ndim) for raw in factors] for factors, _, _ in operands]
+    crossing = _crossing(call, fitted, [(1,) * (ndim - len(shape)) + tuple(shape) for _, shape, _ in operands])
+    for index, factors in enumerate(fitted):
+        for factor in factors:
+            flags = _united(call, [one for one in found if (id(one[0]), id(factor)) not in crossing], factor)
             if flags is None:
                 flags = Flags([None] * len(operands))
                 found.append((factor, flags))
@@ -131,47 +131,42 @@ def merge(call: Call, operands: Sequence[Operand], zero: Callable[[Flags], bool]
     return merged
 
 
-def _met(
-    call: Call, found: Sequence[tuple[Factor, Flags]], own: Sequence[Factor], factor: Factor
-) -> Sequence[tuple[Factor, Flags]]:
-    """Those that a factor meets, of other operands: where axes were joined (experts and units), each its own kind.
+def _crossing(call: Call, operands: Sequence[Sequence[Factor]], shapes: Sequence[Shape]) -> set[tuple[int, int]]:
+    """The pairs of labels that lie across each other along an axis that was joined of two, such as experts and units.
 
-    One of which the other operand has no kind stays.
+    In other operands each meets its own kind, if they have the axis; one of which there is no such kind stays.
     """
-    axes = set(factor.axes())
-    sharing = [one for one in found if axes.intersection(one[0].axes())]
-    beside = [one for one in own if axes.intersection(one.axes())]
-    if not sharing or max(len(sharing), len(beside)) < 2:
-        return sharing
-    theirs, ours = {_pattern(one): (one, flags) for one, flags in sharing}, {_pattern(one): one for one in beside}
-    both, one_sided = theirs.keys() & ours.keys(), theirs.keys() ^ ours.keys()
-    apart = not any(_tells(one, other) for one in both for other in one_sided)
-    if (len(theirs), len(ours)) != (len(sharing), len(beside)) or not both or not apart:
-        return sharing
-    for pattern in one_sided:
-        alone = ours[pattern] if pattern in ours else theirs[pattern][0]
-        call.ledger.pin(alone.atoms.ravel(), call.reason("combined"))
-    return [one for pattern, one in theirs.items() if ours.get(pattern) is factor]
+    if not any(set(one.axes()) & set(other.axes()) for some in operands for one, other in combinations(some, 2)):
+        return set()
+    every = [(place, factor, _pattern(factor)) for place, factors in enumerate(operands) for factor in factors]
+    kinds = {(place, pattern) for place, _, pattern in every}
+    pairs: set[tuple[int, int]] = set()
+    for (place, one, pattern), (there, other, pattern_there) in combinations(every, 2):
+        if one.axes() != other.axes() or _tells(pattern, pattern_there) or _tells(pattern_there, pattern):
+            continue
+        met = any((elsewhere, pattern) in kinds for elsewhere in range(len(operands)) if elsewhere != place)
+        met_there = any((elsewhere, pattern_there) in kinds for elsewhere in range(len(operands)) if elsewhere != there)
+        others = [shape for elsewhere, shape in enumerate(shapes) if elsewhere not in (place, there)]
+        alone = place == there and all(shape[axis] == 1 for shape in others for axis in one.axes())
+        if met or met_there or alone:
+            pairs.add((id(one), id(other)))
+        if place != there and met != met_there:
+            call.ledger.pin((other if met else one).atoms.ravel(), call.reason("combined"))
+    return pairs
 
 
-def _alike(one: Factor, other: Factor) -> bool:
-    """Whether two labels of a tensor share an axis, and one of them tells the other's positions apart."""
-    if not set(one.axes()).intersection(other.axes()):
-        return False
-    patterns = _pattern(one), _pattern(other)
-    return one.atoms.shape != other.atoms.shape or _tells(*patterns) or _tells(*patterns[::-1])
+_Pattern = tuple[Shape, bytes]  # of each position, the first that has the same label
 
 
-def _tells(one: tuple[Shape, bytes], other: tuple[Shape, bytes]) -> bool:
+def _pattern(factor: Factor) -> _Pattern:
+    _, first, inverse = np.unique(factor.atoms, return_index=True, return_inverse=True)
+    return factor.atoms.shape, first[inverse.ravel()].tobytes()
+
+
+def _tells(one: _Pattern, other: _Pattern) -> bool:
     """Whether what is alike by one pattern is alike by the other."""
     mine, theirs = (np.frombuffer(content, np.int64) for _, content in (one, other))
     return mine.size == theirs.size and np.array_equal(theirs[mine], theirs)
-
-
-def _pattern(factor: Factor) -> tuple[Shape, bytes]:
-    """Which of its positions are alike."""
-    _, first, inverse = np.unique(factor.atoms, return_index=True, return_inverse=True)
-    return factor.atoms.shape, first[inverse.ravel()].tobytes()
 
 
 def _united(call: Call, found: Sequence[tuple[Factor, Flags]], factor: Factor) -> Flags | None:
