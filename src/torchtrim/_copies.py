@@ -1,6 +1,7 @@
 """Copies of a model in which the parameters and buffers are other tensors, and what it is called with."""
 
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -59,21 +60,25 @@ def rebuild(model: nn.Module, replace: Mapping[str, Tensor]) -> nn.Module:
 
 
 def contract(model: nn.Module, lists: Mapping[str, Sequence[int]]) -> None:
-    """Leave of these lists of modules the entries at these places, numbered anew; in place."""
+    """Leave of these lists of modules, or dictionaries, the entries at these places, numbered anew; in place."""
     for name, places in lists.items():
         entries = model.get_submodule(name)._modules
-        left = [entries[str(place)] for place in places]
+        keys, values = list(entries), list(entries.values())
         entries.clear()
-        entries.update((str(place), entry) for place, entry in enumerate(left))
+        entries.update(zip(keys, (values[place] for place in places), strict=False))
 
 
 def contracted_name(name: str, lists: Mapping[str, Sequence[int]]) -> str | None:
     """What a module or tensor is called once lists are contracted; None where it is gone."""
     for entries, places in lists.items():
-        place, dot, rest = name.removeprefix(f"{entries}.").partition(".")
-        if name.startswith(f"{entries}.") and place.isdecimal():
-            return f"{entries}.{places.index(int(place))}{dot}{rest}" if int(place) in places else None
+        key, dot, rest = name.removeprefix(f"{entries}.").partition(".")
+        if name.startswith(f"{entries}.") and (number := NUMBER.search(key)):
+            place = int(number[0])
+            return f"{entries}.{NUMBER.sub(str(places.index(place)), key)}{dot}{rest}" if place in places else None
     return name
+
+
+NUMBER = re.compile(r"\d+$")  # of an entry in a list, or in a dictionary that numbers its own
 
 
 def compacted(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from torchtrim._copies import call_arguments, contract, named_tensors, rebuild
+from torchtrim._copies import NUMBER, call_arguments, contract, named_tensors, rebuild
 from torchtrim._flow import IS_OUTPUT, Step
 from torchtrim._labels import Atoms
 from torchtrim._neurons import Kept, Mixture, NeuronGraph, cut
@@ -67,10 +67,19 @@ def _around(
         homes = {name.rpartition(".")[0] for name, ndim in first.items() if ndim > 2}
         stacks = [name for name, ndim in first.items() if ndim > 2 or (ndim == 2 and name.rpartition(".")[0] in homes)]
         if lists or stacks:
-            near = {owner, block, *homes}
-            vectors = tuple(name for name, ndim in first.items() if ndim == 1 and name.rpartition(".")[0] in near)
-            mixture = Mixture(layer, block, vectors, lists, (), np.empty(0, np.int64), ())
-            return mixture, [(parameter, axis), *((name, 0) for name in (*stacks, *vectors))]
+            near = {
+                owner,
+                block,
+                *homes,
+                *(_join(owner, name) for name, _ in model.get_submodule(owner).named_modules()),
+            }
+            vectors = {
+                name: tensors[name].shape.index(size)
+                for name in inside
+                if name.rpartition(".")[0] in near and tensors[name].numel() == size in tensors[name].shape
+            }
+            mixture = Mixture(layer, block, tuple(vectors), lists, (), np.empty(0, np.int64), ())
+            return mixture, [(parameter, axis), *((name, 0) for name in stacks), *vectors.items()]
     return None
 
 
@@ -86,8 +95,14 @@ def _join(outer: str, inner: str) -> str:
 
 
 def _holds_experts(module: nn.Module, size: int) -> bool:
-    """Whether it is a list of modules of one kind, one for each expert."""
-    return isinstance(module, nn.ModuleList) and len(module) == size and len(set(map(type, module))) == 1
+    """Whether it is a list of modules of one kind, one for each expert, or a dictionary that numbers them."""
+    entries = module._modules if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else {}
+    numbers = [NUMBER.search(key) for key in entries]
+    return (
+        len(entries) == size
+        and [number and int(number[0]) for number in numbers] == list(range(size))
+        and len({NUMBER.sub("", key) for key in entries}) == len(set(map(type, entries.values()))) == 1
+    )
 
 
 def settled(model: nn.Module, mixture: Mixture, roots: Atoms, root: Atoms, steps: Sequence[Step]) -> Mixture:
@@ -104,6 +119,9 @@ def settled(model: nn.Module, mixture: Mixture, roots: Atoms, root: Atoms, steps
 
 def _limits(roots: Atoms, root: Atoms, steps: Sequence[Step]) -> Iterator[tuple[Atoms, int]]:
     """How many of the experts, or of groups of them, the largest are picked from."""
+    maxima = sum(step.name in ("max", "argmax") and step.tensors[0][0][-1:] == roots.shape for step in steps)
+    if maxima:
+        yield roots, maxima  # one after the other
     for step in (step for step in steps if step.name == "topk"):
         (shape, labels), least = step.tensors[0], step.constants[1]
         axis = next((one for one in step.constants[2:3] if type(one) is int), -1) % len(shape)
@@ -168,13 +186,14 @@ def close(model: nn.Module, graph: NeuronGraph, gone: Mapping[str, Any]) -> Exit
         for vector in (tensors[name] for name in one.vectors if tensors[name].is_floating_point()):
             before = vector.detach().clone()
             opened.callback(vector.data.copy_, before)
-            vector.data.index_fill_(0, places.to(vector.device), -math.inf)
-        inside = f"{one.block}." if one.block else ""
+            axis = vector.shape.index(vector.numel())
+            vector.data.index_fill_(axis, places.to(vector.device), -math.inf)
         layer = graph.layers[one.router]
-        door = _Door(layer.parameter.removeprefix(inside), layer.axis, tuple(places.tolist()))
-        block = model.get_submodule(one.block)
-        opened.enter_context(block.register_forward_pre_hook(door.enter))
-        opened.enter_context(block.register_forward_hook(door.leave, always_call=True))
+        for place in {one.block, layer.parameter.rpartition(".")[0]}:  # its forward may not be what is called
+            inside, module = f"{place}." if place else "", model.get_submodule(place)
+            door = _Door(layer.parameter.removeprefix(inside), layer.axis, tuple(places.tolist()))
+            opened.enter_context(module.register_forward_pre_hook(door.enter))
+            opened.enter_context(module.register_forward_hook(door.leave, always_call=True))
     return opened
 
 
