@@ -28,10 +28,10 @@ def tried(model: nn.Module, graph: NeuronGraph) -> NeuronGraph:
                 graph, failure = other, again
             continue
         failure = failure if failure.blamed else _narrowed(model, graph, failure)
-        names = frozenset(_pattern(name) for name in _of(graph, failure.blamed))
+        names = frozenset(_place_in_block(name) for name in _of(graph, failure.blamed))
         habit = _pattern(failure.reason), names
         if habit in failed:  # twice is a habit of all layers that are called so
-            alike = [layer for name, layer in graph.layers.items() if _pattern(name) in names]
+            alike = [layer for name, layer in graph.layers.items() if _place_in_block(name) in names]
             failure = failure._replace(blamed=failure.blamed.union(*(layer.roots.tolist() for layer in alike)))
         failed.add(habit)
         graph = _regrouped(graph, graph.layers, failure.blamed, failure.reason)
@@ -42,6 +42,12 @@ def tried(model: nn.Module, graph: NeuronGraph) -> NeuronGraph:
 def _pattern(text: str) -> str:
     """Without the numbers by which repeated blocks differ."""
     return re.sub(r"\d+", "N", text)
+
+
+def _place_in_block(layer: str) -> str:
+    """A layer's name without the numbers of its block; one of its own tells it from its neighbours."""
+    block, dot, own = layer.rpartition(".")
+    return f"{_pattern(block)}{dot}{own}"
 
 
 def _of(graph: NeuronGraph, roots: set[int]) -> list[str]:
