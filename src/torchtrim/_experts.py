@@ -40,7 +40,8 @@ def candidates(
     tensors = named_tensors(model)
     taken: set[str] = set()
     for layer, (parameter, axis) in routers.items():
-        if tensors[parameter].ndim != 2 or IS_OUTPUT in reasons[layer]:
+        table = isinstance(model.get_submodule(parameter.rpartition(".")[0]), nn.Embedding)
+        if tensors[parameter].ndim != 2 or table or IS_OUTPUT in reasons[layer]:
             continue
         found = _around(model, tensors, layer, parameter, axis)
         if found is not None and taken.isdisjoint(claimed := {*found[0].lists, *(name for name, _ in found[1])}):
@@ -65,7 +66,8 @@ def _around(
             name: tensors[name].ndim for name in inside if tensors[name].shape[:1] == (size,) and name != parameter
         }
         homes = {name.rpartition(".")[0] for name, ndim in first.items() if ndim > 2}
-        stacks = [name for name, ndim in first.items() if ndim > 2 or (ndim == 2 and name.rpartition(".")[0] in homes)]
+        homes = {home for home in homes if not type(model.get_submodule(home)).__module__.startswith("torch.nn.")}
+        stacks = [name for name, ndim in first.items() if ndim > 1 and name.rpartition(".")[0] in homes]
         if lists or stacks:
             near = {
                 owner,
@@ -244,6 +246,7 @@ def difference(model: nn.Module, graph: NeuronGraph, kept: Kept) -> str | None:
     Both have lost what else goes. They are compared with all experts that stay open to tokens, and then with as many at
     a time as a token goes to, so that each of them is picked.
     """
+    graph = replace(graph, mixtures=tuple(one for one in graph.mixtures if not kept[one.roots].all()))
     whole = kept.copy()
     whole[graph.experts_roots] = True
     sources = named_tensors(model)
