@@ -60,7 +60,12 @@ class Listed(nn.Module):
         if self.how == "sorted":
             scores, picked = logits.softmax(-1).sort(-1, descending=True)
             return scores[:, : self.top_k], picked[:, : self.top_k]
-        return logits.softmax(-1).max(-1, keepdim=True)
+        scores = logits.softmax(-1)
+        first, one = scores.max(-1, keepdim=True)
+        if self.how == "one":
+            return first, one
+        second, other = scores.scatter(-1, one, -1.0).max(-1, keepdim=True)
+        return torch.cat([first, second], -1), torch.cat([one, other], -1)
 
     def forward(self, x: Tensor) -> Tensor:
         scores, picked = self.routed(x)
@@ -68,6 +73,22 @@ class Listed(nn.Module):
         for index, expert in enumerate(self.experts):
             token, place = torch.where(picked == index)
             out.index_add_(0, token, expert(x[token]) * scores[token, place, None])
+        return out
+
+
+class Numbered(Listed):
+    """A dictionary in place of the list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleDict({f"expert_{index}": expert for index, expert in enumerate(self.experts)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, picked = self.routed(x)
+        out = torch.zeros_like(x)
+        for index in picked.unique().tolist():
+            token, place = torch.where(picked == index)
+            out.index_add_(0, token, self.experts[f"expert_{index}"](x[token]) * scores[token, place, None])
         return out
 
 
@@ -120,6 +141,8 @@ MIXTURES = {
     "list, sigmoid": lambda: Listed("sigmoid with a correction"),
     "list, sorted": lambda: Listed("sorted"),
     "list, one": lambda: Listed("one", 1),
+    "list, one after the other": lambda: Listed("one after the other"),
+    "dictionary": Numbered,
     "stacked": Stacked,
     "dense": lambda: Dense(False),
     "dense, sparse weights": lambda: Dense(True),
@@ -204,7 +227,7 @@ def test_removed_experts_are_never_picked_in_the_masked_model() -> None:
     assert silent.embed.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["list", "stacked"])
+@pytest.mark.parametrize("name", ["list", "dictionary", "stacked"])
 def test_a_trimmed_model_survives_a_file_and_is_trimmed_again(name, tmp_path: Path) -> None:
     model, x = network(name), tokens()
     once = torchtrim.trim(model, plan_of("first.gate", (1,)), x)
@@ -215,7 +238,7 @@ def test_a_trimmed_model_survives_a_file_and_is_trimmed_again(name, tmp_path: Pa
         assert torch.equal(loaded(x), small(x))
         assert history(loaded).plans[-1].experts
         assert history(loaded).lists == history(small).lists
-    assert history(twice).lists == ({"first.experts": (2, 4)} if name == "list" else {})
+    assert history(twice).lists == ({} if name == "stacked" else {"first.experts": (2, 4)})
 
 
 def test_a_plan_says_so() -> None:
@@ -325,3 +348,18 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     without, with_it = (CliRunner().invoke(app, [*command, *more]) for more in ([], ["--experts"]))
     assert "gate" in with_it.stdout
     assert without.stdout != with_it.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen2-moe-batched", "qwen3-moe", "olmoe", "deepseek-v3"])
+def test_models_of_transformers(name) -> None:
+    """The last has a router that picks groups first: whole groups go."""
+    pytest.importorskip("transformers")
+    from benchmarks.zoo.models import build
+
+    specimen = build(f"transformers:{name}")
+    model = with_random_values(specimen.model)
+    plan = assert_exact(model, specimen.example, *specimen.others, experts=True, seeds=(0, 1))
+    graph = torchtrim.trace(model, specimen.example, experts=True)
+    assert {one.router for one in graph.mixtures} <= plan.removed.keys()
+    assert len(graph.mixtures) == (1 if name == "deepseek-v3" else 2)
