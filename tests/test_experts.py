@@ -165,6 +165,20 @@ class Network(nn.Module):
         return self.out(x)
 
 
+class Normed(Network):
+    """With norms, over which only one more way of asking leads."""
+
+    def __init__(self, mixture) -> None:
+        super().__init__(mixture)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.first(self.norms[0](x))
+        x = x + self.second(self.norms[1](x))
+        return self.out(self.norms[2](x))
+
+
 def network(name: str = "list") -> nn.Module:
     torch.manual_seed(0)
     return with_random_values(Network(MIXTURES[name]))
@@ -192,6 +206,16 @@ def test_experts_go_only_when_asked_for(name) -> None:
     plan = assert_exact(model, tokens(), tokens(50), tokens(3), experts=True, fraction=0.4, seeds=range(3))
     assert plan.experts
     assert len(plan.removed["first.gate"]) == len(plan.removed["second.gate"]) == 2
+
+
+@pytest.mark.parametrize("name", ["list", "stacked"])
+def test_streams_go_through_norms_beside_experts(name) -> None:
+    """What the norms give decides where tokens go, so that the proof runs without averages too."""
+    torch.manual_seed(0)
+    model = with_random_values(Normed(MIXTURES[name]))
+    assert "embed" in torchtrim.trace(model, tokens(), experts=True).locked
+    plan = assert_exact(model, tokens(), tokens(9), experts=True, through_norms=True, seeds=(0, 1))
+    assert {"embed", "first.gate", "second.gate"} <= plan.removed.keys()
 
 
 def test_what_is_left_is_what_was_kept() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchtrim._labels import UNIFORM, Atoms, Factor, Labels, Ledger, Shape, fit
+from torchtrim._labels import UNIFORM, ZEROS, Atoms, Factor, Labels, Ledger, Shape, fit
 
 FACTORIES = frozenset(["empty", "zeros", "ones", "full", "rand", "randn", "empty_strided", "scalar_tensor"])
 
@@ -283,13 +283,15 @@ def unknown(call: Call) -> Labels:
     for tensor in operands:
         for factor in call.labels_of(tensor).factors:
             call.ledger.pin(factor.atoms.ravel(), call.reason("no rule is known, so it is left alone: read"))
-    return UNIFORM if not operands and call.name in FACTORIES else Labels(static=not operands)
+    if operands or call.name not in FACTORIES:
+        return Labels(static=not operands)
+    return ZEROS if call.name == "zeros" else UNIFORM
 
 
 @ROWS.of("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
      "new_full", "new_empty", "new_empty_strided")  # fmt: skip
 def _uniform(call: Call) -> Labels:
-    return UNIFORM
+    return ZEROS if "zeros" in call.name else UNIFORM
 
 
 @ROWS.of("bernoulli", "uniform", "normal", "fill", "zero")

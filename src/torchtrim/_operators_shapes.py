@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchtrim._labels import Atoms, Factor, Labels, fit, reshape, segments
-from torchtrim._operators import Call, Operand, Table, all_zero, merge, pointwise, tensors, unknown, with_indices
+from torchtrim._operators import Call, Flags, Operand, Table, all_zero, merge, pointwise, tensors, unknown, with_indices
 
 ROWS = Table()
 
@@ -312,7 +312,12 @@ def _index_add(call: Call) -> Labels:
         factors = call.fix_axes(labels.factors, [axis % inputs.ndim], "positions are picked")
         shape = tuple(1 if i == axis % inputs.ndim else size for i, size in enumerate(one.shape))
         operands.append((factors, shape, labels.uniform))
-    return Labels(tuple(merge(call, operands, all_zero)))
+    empty = call.labels_of(inputs).zeros
+
+    def zero(flags: Flags) -> bool:
+        return bool((flags[0] or empty) and (flags[1] or (flags[1] is None and call.labels_of(added).zeros)))
+
+    return Labels(tuple(merge(call, operands, zero)))
 
 
 def _has_labels(call: Call, indices: Sequence[Tensor]) -> bool:
