@@ -98,7 +98,7 @@ class Stacked(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.num_experts, self.num_experts_per_tok = EXPERTS, 2
-        self.gate = nn.Parameter(torch.empty(WIDTH, EXPERTS))
+        self.gate, self.gate_bias = nn.Parameter(torch.empty(WIDTH, EXPERTS)), nn.Parameter(torch.empty(EXPERTS))
         self.up, self.up_bias = (
             nn.Parameter(torch.empty(EXPERTS, WIDTH, MIDDLE)),
             nn.Parameter(torch.empty(EXPERTS, MIDDLE)),
@@ -106,7 +106,7 @@ class Stacked(nn.Module):
         self.down = nn.Parameter(torch.empty(EXPERTS, MIDDLE, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        scores, picked = (x @ self.gate).softmax(-1).topk(self.num_experts_per_tok)
+        scores, picked = (x @ self.gate + self.gate_bias).softmax(-1).topk(self.num_experts_per_tok)
         hit = F.one_hot(picked, self.num_experts).sum((0, 1)).nonzero()
         out = torch.zeros_like(x)
         for index in hit[:, 0]:
@@ -339,7 +339,7 @@ def test_mistakes_are_found(name, mistake) -> None:
         for axis, roots in enumerate(axes)
         if np.array_equal(roots, graph.mixtures[0].roots) and "correction" not in tensor
     ]
-    assert len(places) == {"list": 2, "stacked": 4}.get(name, 3)
+    assert len(places) == {"list": 2, "stacked": 5}.get(name, 3)
     for tensor, axis in places:
         roots = graph.axes[tensor][axis]
         wrong = np.roll(roots, 1) if mistake == "shifted" else roots[[1, 0, 2, 3, 4]]

@@ -59,22 +59,15 @@ def _around(
         module = model.get_submodule(block)
         lists = tuple(_join(block, name) for name, one in module.named_modules() if _holds_experts(one, size))
         lists = tuple(name for name in lists if not f"{owner}.".startswith(f"{name}."))
-        inside = [
-            n for n in tensors if n.startswith(_join(block, "")) and not n.startswith(tuple(f"{e}." for e in lists))
-        ]
-        first = {
-            name: tensors[name].ndim for name in inside if tensors[name].shape[:1] == (size,) and name != parameter
-        }
+        inside = [name for name in tensors if name.startswith(_join(block, "")) and name != parameter]
+        inside = [name for name in inside if not name.startswith(tuple(f"{entries}." for entries in lists))]
+        first = {name: tensors[name].ndim for name in inside if tensors[name].shape[:1] == (size,)}
         homes = {name.rpartition(".")[0] for name, ndim in first.items() if ndim > 2}
         homes = {home for home in homes if not type(model.get_submodule(home)).__module__.startswith("torch.nn.")}
         stacks = [name for name, ndim in first.items() if ndim > 1 and name.rpartition(".")[0] in homes]
         if lists or stacks:
-            near = {
-                owner,
-                block,
-                *homes,
-                *(_join(owner, name) for name, _ in model.get_submodule(owner).named_modules()),
-            }
+            within = (name for name, _ in model.get_submodule(owner).named_modules() if name)
+            near = {owner, block, *homes, *(_join(owner, name) for name in within)}
             vectors = {
                 name: tensors[name].shape.index(size)
                 for name in inside
@@ -145,8 +138,11 @@ def _attributes(model: nn.Module, mixture: Mixture, size: int) -> Iterator[tuple
         for name, value in vars(module).items()
         if type(value) is int and value == size
     ]
-    named = [(where, name) for where, name in equal if "expert" in name and "per" not in name.split("_")]
+    named = [(where, name) for where, name in equal if "expert" in name and _OTHERS.isdisjoint(name.split("_"))]
     yield from named or equal
+
+
+_OTHERS = frozenset(["per", "shared"])  # of `num_experts_per_tok`, of experts that see every token
 
 
 # ------------------------------------------------------------------ gone
