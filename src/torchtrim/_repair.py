@@ -56,7 +56,7 @@ def repair(
     - "least-squares": the weights and bias of each layer that lost inputs are refitted to what it computes in the
       original, on inputs that are repaired already. The squared error there never rises. Costs a pass of both models
       for each layer that lies behind another; in float64, the square of its inputs (times the kernel), at most
-      24 · block² bytes, beside what the models take. Layers with more inputs than `block` are fitted by parts, a pass
+      32 · block² bytes, beside what the models take. Layers with more inputs than `block` are fitted by parts, a pass
       for each, each given what the others do: better than before, not the best. Where there is no bias, and no batch
       norm that alone follows, none is made.
     - "batchnorm": the mean and variance of each batch norm are those of the data. One pass of the trimmed model, in
