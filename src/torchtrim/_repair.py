@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchtrim._calibration import Calibration, Listener, as_found
-from torchtrim._consumers import Consumer, Reader, consumers, levels, removed_between
+from torchtrim._consumers import Consumer, Reader, consumers, difference, levels
 from torchtrim._copies import named_modules, named_tensors, rebuild
 from torchtrim._graph import untried
 from torchtrim._history import history, set_history
@@ -132,7 +132,7 @@ def _what_is_left(original: nn.Module, trimmed: nn.Module, example: Any) -> tupl
         if unknown:
             raise PlanError(f"repair: the original has no layer {unknown[0]!r}; pass the model that was trimmed")
         kept = graph.bodies(gone)
-        fault = removed_between(original, trimmed, graph, kept)
+        fault = difference(trimmed, graph, kept)
         if fault is None:
             return graph, kept
     raise PlanError(f"repair: the trimmed model is not the original without what was removed: {fault}")
