@@ -4,8 +4,9 @@
 however often they are called. Every site's counts go to the neurons whose labels reach it (`_graph.py`).
 """
 
+import itertools
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torchtrim import _shards
 from torchtrim._copies import named_tensors
 from torchtrim._counting import native_room
 from torchtrim._neurons import NeuronGraph
@@ -33,6 +35,7 @@ def profile(
     *,
     through_norms: bool = False,
     zero_tolerance: float = 0.0,
+    sharded: bool = True,
 ) -> Profile:
     """Measure every neuron of a model over data, in one pass, in evaluation mode and without gradients.
 
@@ -43,12 +46,16 @@ def profile(
     SiLU, tanh, sigmoid), what counts as zero, as a share of the root mean square of the tensor's values in the first
     batch; such as 0.01.
 
+    In a process group of several processes (`torchrun`, `accelerate launch`) each gives its shard of the data, which
+    may be empty, and gets the profile of all shards, equal to the last bit; sharded=False measures each on its own. A
+    first batch is that of the first process that has one. A model in DistributedDataParallel is measured without it.
+
     A `TorchtrimWarning` says where the figures are uncertain or say little. The first axis of the first input is taken
     for the examples; every APoZ has a standard error, in which what happens within an example is one observation.
 
     The model is left as it was found: modes, gradients, hooks and random state.
     Raises ProfileError: no batches, a batch that does not fit the model, an activation that is NaN or infinite; the
-    message names the batch, and the layer where there is one.
+    message names the batch, and the layer where there is one; and the process, on all of them.
     """
     if isinstance(batches, Tensor):
         raise ProfileError(
@@ -56,34 +63,72 @@ def profile(
         )
     if not 0 <= zero_tolerance < float("inf"):
         raise ProfileError(f"zero_tolerance: expected a share of the root mean square, found {zero_tolerance!r}")
-    device = next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
-    native_room(device.type)  # a way to count that is asked for and missing is known before the first batch
-    call = forward or _call
-    watch = Watch(model, through_norms=through_norms, zero_tolerance=zero_tolerance)
-    number = 0
-    with _as_found(model, device):
-        for number, batch in enumerate(batches, 1):
-            moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
-            try:
-                watch.run(partial(call, model, moved))
-            except NotFiniteError:
-                raise
-            except ProfileError as error:
-                raise ProfileError(f"batch {number}: {error}") from error
-            except TraceError as error:
-                otherwise = "" if forward else " To call it otherwise, pass forward=lambda model, batch: ..."
-                raise ProfileError(f"batch {number}: {error}{otherwise}") from error
-        watch.look()
-    if watch.graph is None:
-        raise ProfileError(
-            "`forward` did not call the model; expected it to call model(...) with the batch"
-            if number and forward
-            else "expected at least one batch, found none; look at what the loader yields"
-        )
-    found = unmeasured(model, watch.graph).with_parts(_parts(watch), watch.examples, zero_tolerance=zero_tolerance)
+    shared = sharded and _shards.several()
+    one = _Pass(_shards.unwrapped(model), forward, through_norms, zero_tolerance, shared=shared)
+    found = _shards.together(lambda: one.over(batches)) if shared else one.over(batches)
+    if found is None:
+        raise ProfileError("expected at least one batch, found none; look at what the loader yields")
     for note in found.notes:
         warnings.warn(note, TorchtrimWarning, stacklevel=2)
     return found
+
+
+class _Pass:
+    """One pass of this process over data."""
+
+    def __init__(
+        self, model: nn.Module, forward: Forward | None, through_norms: bool, zero_tolerance: float, *, shared: bool
+    ) -> None:
+        self._model, self._forward, self._shared = model, forward, shared
+        self._device = next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
+        self._watch = Watch(model, through_norms=through_norms, zero_tolerance=zero_tolerance)
+
+    def over(self, batches: Iterable[Any]) -> Profile | None:
+        """What they hold; None if there are none."""
+        native_room(self._device.type)  # a way to count that is asked for and missing is known before the first batch
+        with _as_found(self._model, self._device):
+            for batch in self._agreed(batches):
+                self._count(batch, self._watch)
+                del batch  # the next is made without it
+            self._watch.look()
+        return self._found()
+
+    def _count(self, batch: Any, watch: Watch) -> None:
+        number = watch.batches + 1
+        moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self._device, non_blocking=True), batch)
+        try:
+            watch.run(partial(self._forward or _call, self._model, moved))
+        except NotFiniteError:
+            raise
+        except ProfileError as error:
+            raise ProfileError(f"batch {number}: {error}") from error
+        except TraceError as error:
+            otherwise = "" if self._forward else " To call it otherwise, pass forward=lambda model, batch: ..."
+            raise ProfileError(f"batch {number}: {error}{otherwise}") from error
+
+    def _agreed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, once all processes that share the pass agree on what counts as zero."""
+        iterator = iter(batches)
+        if self._shared and self._watch.zero_tolerance:
+            first = list(itertools.islice(iterator, 1))
+            trial = Watch(
+                self._model, through_norms=self._watch.through_norms, zero_tolerance=self._watch.zero_tolerance
+            )
+            for batch in first:
+                self._count(batch, trial)
+            self._watch.limits = _shards.agreed(trial.limits)
+            while first:
+                yield first.pop()
+        yield from iterator
+
+    def _found(self) -> Profile | None:
+        watch = self._watch
+        if watch.graph is None:
+            if watch.batches:
+                raise ProfileError("`forward` did not call the model; expected it to call model(...) with the batch")
+            return None
+        blank = unmeasured(self._model, watch.graph)
+        return blank.with_parts(_parts(watch), watch.examples, zero_tolerance=watch.zero_tolerance)
 
 
 def unmeasured(model: nn.Module, graph: NeuronGraph) -> Profile:

@@ -129,7 +129,8 @@ class Profile(Mapping[str, LayerProfile]):
 
     `zeros`, `positions`, `apoz`, `standard_error` and `mean` hold one array per layer with one entry per neuron;
     `examples` is how many examples were seen; `sites` lists what each activation call contributed; `notes` says what
-    to beware of; `through_norms` is as in `trace`, `zero_tolerance` as in `profile`.
+    to beware of; `through_norms` is as in `trace`, `zero_tolerance` as in `profile`; `partial` says
+    whether the pass over the data was interrupted.
     `print(profile)` shows the mean APoZ by layer, as table 1 of Hu et al., "Network Trimming", 2016, does.
     """
 
@@ -142,9 +143,11 @@ class Profile(Mapping[str, LayerProfile]):
         roots: Mapping[str, Integers] | None = None,
         through_norms: bool = False,
         zero_tolerance: float = 0.0,
+        partial: bool = False,
     ) -> None:
         self.layers = dict(layers)
         self.examples = examples
+        self.partial = partial
         self.through_norms = through_norms
         self.zero_tolerance = zero_tolerance
         self._parts = tuple(parts)
@@ -194,6 +197,8 @@ class Profile(Mapping[str, LayerProfile]):
         typical = float(np.median(np.concatenate([[0.0], *map(_half_widths, seen)])))
         notes = [f"few examples: half of the neurons' APoZ is known to ± {100 * typical:.1f} % or worse; measure more"]
         notes = notes if typical > _TOO_WIDE else []
+        if self.partial:
+            notes.insert(0, f"partial: measuring was interrupted after {self.examples:,} examples")
         constant = [layer.name for layer in seen if layer.width > 1 and np.ptp(layer.apoz) == 0]
         without = [name for name in constant if not self[name].zeros.any()]
         if without:
@@ -215,15 +220,18 @@ class Profile(Mapping[str, LayerProfile]):
         included, or were measured otherwise.
         """
         for other in others:
-            if differs := _difference(self, other):
+            if differs := difference(self, other):
                 raise ProfileError(
                     f"merge: expected profiles of one model, measured in one way, found {differs}; measure both anew"
                 )
         parts = added_up(part for one in (self, *others) for part in one._parts)
         examples = sum(one.examples for one in (self, *others))
-        return self.with_parts(parts, examples, zero_tolerance=self.zero_tolerance)
+        partial = any(one.partial for one in (self, *others))
+        return self.with_parts(parts, examples, zero_tolerance=self.zero_tolerance, partial=partial)
 
-    def with_parts(self, parts: Sequence[Part], examples: int, *, zero_tolerance: float) -> "Profile":
+    def with_parts(
+        self, parts: Sequence[Part], examples: int, *, zero_tolerance: float, partial: bool = False
+    ) -> "Profile":
         """The same layers with the figures that these parts give."""
         return Profile(
             {name: _measured(layer, self._roots[name], parts) for name, layer in self.layers.items()},
@@ -232,6 +240,7 @@ class Profile(Mapping[str, LayerProfile]):
             roots=self._roots,
             through_norms=self.through_norms,
             zero_tolerance=zero_tolerance,
+            partial=partial,
         )
 
     def save(self, path: str | Path) -> None:
@@ -249,6 +258,7 @@ class Profile(Mapping[str, LayerProfile]):
             "examples": self.examples,
             "through_norms": self.through_norms,
             "zero_tolerance": self.zero_tolerance,
+            "partial": self.partial,
             "layers": [{name: getattr(layer, name) for name in _WORDS} for layer in self.layers.values()],
             "parts": [
                 {name: getattr(part, name) for name in _CALL} | {name: getattr(part.counts, name) for name in _NUMBERS}
@@ -281,7 +291,7 @@ class Profile(Mapping[str, LayerProfile]):
             counted: dict[str, Any] = {name: torch.from_numpy(arrays[f"part{index}.{name}"]) for name in _TENSORS}
             counted |= {name: described.pop(name) for name in _NUMBERS}
             parts.append(Part(**described, roots=arrays[f"part{index}.roots"], counts=Counts(**counted)))
-        how = {name: content[name] for name in ("through_norms", "zero_tolerance")}
+        how = {name: content[name] for name in ("through_norms", "zero_tolerance", "partial")}
         return cls(layers, content["examples"], parts=parts, roots=roots, **how)
 
     def __str__(self) -> str:
@@ -326,7 +336,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
 
 
-def _difference(one: Profile, other: Profile) -> str:
+def difference(one: Profile, other: Profile) -> str:
     """How two profiles are not of one model and measured in one way; empty if they are."""
     if not (one._roots and other._roots):
         return "one that was not measured"
