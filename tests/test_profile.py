@@ -354,21 +354,6 @@ def test_everything_is_left_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_everything_is_left_as_it_was_when_interrupted() -> None:
-    def interrupted():
-        yield torch.randn(2, 4)
-        raise KeyboardInterrupt
-
-    model, random = Activations("module").train(), torch.get_rng_state()
-    with pytest.raises(KeyboardInterrupt):
-        profile(model, interrupted())
-    assert model.training
-    assert model.hidden.training
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
-    assert torch.equal(torch.get_rng_state(), random)
-
-
 @pytest.mark.parametrize(
     ("batches", "message"),
     [

@@ -1,5 +1,6 @@
 """Several processes measure their shards, and each gets the profile of all of them."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -61,6 +62,22 @@ def alone(rank: int, world: int) -> Profile:
     return profile(network(), batches(), sharded=False)
 
 
+def resumed(rank: int, world: int) -> Profile:
+    """The first process fails after a batch; then all go on from what they kept."""
+
+    def loader() -> Iterator[Tensor]:
+        yield shard(rank, world)[0]
+        if rank == 0:
+            raise OSError("the disk is gone")
+        yield from shard(rank, world)[1:]
+
+    with pytest.raises((TorchtrimError, OSError)):
+        profile(network(), loader(), checkpoint="pass", every=1, zero_tolerance=0.2)
+    for data in (shard(rank, world), ()):
+        found = profile(network(), data, checkpoint="pass", every=1, zero_tolerance=0.2)
+    return found
+
+
 def alike(rank: int, world: int) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -112,12 +129,13 @@ def another_model(rank: int, world: int) -> str:
     return error_of(lambda: profile(model, shard(rank, world)))
 
 
-WHOLE = (plain, tolerant, one_has_nothing, wrapped, alone)
+WHOLE = (plain, tolerant, one_has_nothing, wrapped, alone, resumed)
 SEVERAL = (alike, no_data, fails, fails_at_once, interrupted, another_model)
 
 
 def work(rank: int, world: int, place: Path) -> None:
     torch.set_num_threads(1)
+    os.chdir(place)
     warnings.simplefilter("ignore")
     dist.init_process_group(
         "gloo", init_method=f"file://{place}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=100)
@@ -154,7 +172,7 @@ def told(done: tuple[int, Path], case: Callable[..., Any]) -> str:
 @pytest.mark.parametrize("case", WHOLE)
 def test_the_whole_is_that_of_a_single_process(done: tuple[int, Path], case: Callable[..., Any]) -> None:
     world, place = done
-    expected = profile(network(), batches(), zero_tolerance=0.2 if case is tolerant else 0.0)
+    expected = profile(network(), batches(), zero_tolerance=0.2 if case in (tolerant, resumed) else 0.0)
     assert expected.zeros["0"].any()
     found = [Profile.load(place / f"{case.__name__}-{rank}") for rank in range(world)]
     for one in found:
@@ -166,7 +184,9 @@ def test_the_whole_is_that_of_a_single_process(done: tuple[int, Path], case: Cal
             for floats in ("mean", "mean_square", "standard_error", "incoming_l1"):
                 np.testing.assert_allclose(getattr(one[name], floats), getattr(layer, floats), rtol=1e-9)
     assert len({(place / f"{case.__name__}-{rank}").read_bytes() for rank in range(world)}) == 1
-    if case is tolerant:
+    if case is resumed:
+        assert Profile.load(place / "pass").examples == 19
+    if case in (tolerant, resumed):
         assert found[0].zeros["2"].any()
 
 

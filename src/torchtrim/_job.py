@@ -54,12 +54,16 @@ def silence(
     out: Path | None,
     *,
     through_norms: bool = False,
+    resume: bool = False,
 ) -> Iterator[Any]:
     """Measure a model over the calibration data, and keep the profile in the file `out`; yields what to print.
 
-    `reading` says how the data are read. Raises TorchtrimError, before any work if what is asked cannot be done.
+    `reading` says how the data are read. With `resume`, an interrupted pass goes on from what the file holds.
+    Raises TorchtrimError, before any work if what is asked cannot be done; KeyboardInterrupt at the end where one came.
     """
     criteria.resolve(criterion)
+    if resume and out is None:
+        raise StoreError("expected --resume with --out FILE, the file of the pass that goes on; found it alone")
     if out is not None:
         _check_profile_file(out)
     opened = open_source(source, through_norms=through_norms)
@@ -71,12 +75,15 @@ def silence(
             stacklevel=2,
         )
     loader = batches(opened.data.calibration, reading.batch_size, workers=reading.workers)
-    measured = profile(opened.model, _Watched(loader, progress, "measuring"), through_norms=through_norms)
+    if out is not None and not resume:
+        out.unlink(missing_ok=True)
+    measured = profile(opened.model, loader, through_norms=through_norms, checkpoint=out, progress=progress)
     yield profile_table(measured, rule, criterion)
     yield "\n".join(advice(measured, rule, criterion))
     if out is not None:
-        measured.save(out)
         yield f"The profile is in {short(out)}."
+    if measured.partial:
+        raise KeyboardInterrupt
     yield f"Next: {_next_run(source, measured, rule, criterion)}"
 
 

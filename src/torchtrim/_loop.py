@@ -220,6 +220,8 @@ def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Sett
     clock = _Clock()
     with clock("profile"):
         measured = profile(model, settings.batches, settings.forward, through_norms=settings.through_norms)
+        if measured.partial:
+            raise KeyboardInterrupt
     with clock("select"):
         if all(layer.locked for layer in measured.values()):
             return None

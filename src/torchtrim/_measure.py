@@ -5,22 +5,26 @@ however often they are called. Every site's counts go to the neurons whose label
 """
 
 import itertools
+import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchtrim import _shards
+from torchtrim._checkpoint import Checkpoint, Reached, digest_of
 from torchtrim._copies import named_tensors
 from torchtrim._counting import native_room
 from torchtrim._neurons import NeuronGraph
 from torchtrim._profile import Part, Profile, added_up
+from torchtrim._progress import displayed, shown, uninterrupted
 from torchtrim._watch import NotFiniteError, Watch
 from torchtrim.criteria import Floats, LayerProfile
 from torchtrim.errors import ProfileError, TorchtrimWarning, TraceError
@@ -36,6 +40,9 @@ def profile(
     through_norms: bool = False,
     zero_tolerance: float = 0.0,
     sharded: bool = True,
+    checkpoint: str | Path | None = None,
+    every: int = 100,
+    progress: bool | Progress = False,
 ) -> Profile:
     """Measure every neuron of a model over data, in one pass, in evaluation mode and without gradients.
 
@@ -46,16 +53,25 @@ def profile(
     SiLU, tanh, sigmoid), what counts as zero, as a share of the root mean square of the tensor's values in the first
     batch; such as 0.01.
 
+    checkpoint: a file that holds the pass so far, written every `every` batches. A call with a file that is there goes
+    on after the last of them, so that the data must come in the same order; it ends with the same integers, and with
+    the same bits where the batches between two writes are the same. The file of a pass that ended is its profile, which
+    a further call returns at once; delete it to measure anew. progress: whether to show a line in the terminal, or the
+    display to show it in. An interrupt (Ctrl-C) ends the pass with the batches counted so far and marks the profile
+    `partial`; without any it goes on as KeyboardInterrupt.
+
     In a process group of several processes (`torchrun`, `accelerate launch`) each gives its shard of the data, which
     may be empty, and gets the profile of all shards, equal to the last bit; sharded=False measures each on its own. A
-    first batch is that of the first process that has one. A model in DistributedDataParallel is measured without it.
+    first batch is that of the first process that has one. Each keeps a checkpoint of its own, with its number at the
+    end of the name; an interrupt of one is an error of all. A model in DistributedDataParallel is measured without it.
 
     A `TorchtrimWarning` says where the figures are uncertain or say little. The first axis of the first input is taken
     for the examples; every APoZ has a standard error, in which what happens within an example is one observation.
 
     The model is left as it was found: modes, gradients, hooks and random state.
     Raises ProfileError: no batches, a batch that does not fit the model, an activation that is NaN or infinite; the
-    message names the batch, and the layer where there is one; and the process, on all of them.
+    message names the batch, and the layer where there is one; and the process, on all of them. Raises StoreError: a
+    checkpoint of another model, asked otherwise, or of other data; a file that cannot be written.
     """
     if isinstance(batches, Tensor):
         raise ProfileError(
@@ -64,10 +80,19 @@ def profile(
     if not 0 <= zero_tolerance < float("inf"):
         raise ProfileError(f"zero_tolerance: expected a share of the root mean square, found {zero_tolerance!r}")
     shared = sharded and _shards.several()
-    one = _Pass(_shards.unwrapped(model), forward, through_norms, zero_tolerance, shared=shared)
-    found = _shards.together(lambda: one.over(batches)) if shared else one.over(batches)
+    model = _shards.unwrapped(model)
+    file = None
+    if checkpoint is not None:
+        asked = {"through_norms": through_norms, "zero_tolerance": zero_tolerance}
+        file = Checkpoint(checkpoint, every, model, **asked)
+    watch = Watch(model, through_norms=through_norms, zero_tolerance=zero_tolerance)
+    one = _Pass(model, forward, watch, file, shared=shared)
+    with displayed(False if shared and _shards.rank() else progress) as display:
+        found = _shards.together(lambda: one.over(batches, display)) if shared else one.over(batches, display)
     if found is None:
         raise ProfileError("expected at least one batch, found none; look at what the loader yields")
+    if file and shared and not _shards.rank():
+        file.write(Reached(found, 0, (0, ""), watch.limits))
     for note in found.notes:
         warnings.warn(note, TorchtrimWarning, stacklevel=2)
     return found
@@ -77,27 +102,73 @@ class _Pass:
     """One pass of this process over data."""
 
     def __init__(
-        self, model: nn.Module, forward: Forward | None, through_norms: bool, zero_tolerance: float, *, shared: bool
+        self, model: nn.Module, forward: Forward | None, watch: Watch, file: Checkpoint | None, *, shared: bool
     ) -> None:
-        self._model, self._forward, self._shared = model, forward, shared
+        self._model, self._forward, self._watch, self._shared = model, forward, watch, shared
+        self._file = file.of_process(*_shards.place()) if file and shared else file
         self._device = next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
-        self._watch = Watch(model, through_norms=through_norms, zero_tolerance=zero_tolerance)
+        self._reached: Reached | None = None  # what the file holds
+        self._mark = 0, ""  # number and digest of a batch, by which the data are known again
+        self._blank: Profile | None = None
 
-    def over(self, batches: Iterable[Any]) -> Profile | None:
-        """What they hold; None if there are none."""
+    def over(self, batches: Iterable[Any], progress: Progress) -> Profile | None:
+        """What they hold; None if there are none. What there is, `partial`, where an interrupt comes."""
         native_room(self._device.type)  # a way to count that is asked for and missing is known before the first batch
-        with _as_found(self._model, self._device):
-            for batch in self._agreed(batches):
-                self._count(batch, self._watch)
-                del batch  # the next is made without it
-            self._watch.look()
-        return self._found()
+        watch = self._watch
+        if self._file and (reached := self._file.read()):
+            self._reached, self._mark = reached, reached.mark
+            watch.limits, watch.batches = reached.limits, reached.batches
+            if not reached.profile.partial:
+                self._agree(iter(()))
+                return reached.profile
+        begun, before = time.perf_counter(), self._examples
+        with _as_found(self._model, self._device), shown(progress, "measuring", _length(batches)) as show:
+            try:
+                for batch in self._agree(self._left(batches, show)):
+                    self._count(batch, watch)
+                    self._keep(batch)
+                    del batch  # the next is made without it
+                    rate = (self._examples - before) / max(time.perf_counter() - begun, 1e-9)
+                    show(f", {rate:,.0f} examples/s")
+            except KeyboardInterrupt:
+                if not self._examples:
+                    raise
+                return self._save(partial=True)
+            return self._save(partial=False)
+
+    @property
+    def _examples(self) -> int:
+        """How many were counted, by earlier processes too."""
+        return self._watch.examples + (self._reached.profile.examples if self._reached else 0)
+
+    def _left(self, batches: Iterable[Any], show: Callable[[str], None]) -> Iterator[Any]:
+        """The batches that no earlier process has counted."""
+        iterator = iter(batches)
+        for number in range(self._watch.batches):
+            assert self._file is not None
+            if not (passed := list(itertools.islice(iterator, 1))):
+                raise self._file.too_few(self._watch.batches, number)
+            self._file.check(self._mark, number + 1, passed.pop())
+            show("")
+        return iterator
+
+    def _agree(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, once all processes that share the pass agree on what counts as zero."""
+        watch = self._watch
+        if not (self._shared and watch.zero_tolerance):
+            return batches
+        trial = Watch(self._model, through_norms=watch.through_norms, zero_tolerance=watch.zero_tolerance)
+        first = [] if watch.limits else list(itertools.islice(batches, 1))
+        if first:
+            self._count(first[0], trial)
+        watch.limits = _shards.agreed(watch.limits or trial.limits)
+        return itertools.chain((first.pop() for _ in range(len(first))), batches)
 
     def _count(self, batch: Any, watch: Watch) -> None:
-        number = watch.batches + 1
+        call, number = self._forward or _call, watch.batches + 1
         moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self._device, non_blocking=True), batch)
         try:
-            watch.run(partial(self._forward or _call, self._model, moved))
+            watch.run(lambda: call(self._model, moved))
         except NotFiniteError:
             raise
         except ProfileError as error:
@@ -106,29 +177,47 @@ class _Pass:
             otherwise = "" if self._forward else " To call it otherwise, pass forward=lambda model, batch: ..."
             raise ProfileError(f"batch {number}: {error}{otherwise}") from error
 
-    def _agreed(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, once all processes that share the pass agree on what counts as zero."""
-        iterator = iter(batches)
-        if self._shared and self._watch.zero_tolerance:
-            first = list(itertools.islice(iterator, 1))
-            trial = Watch(
-                self._model, through_norms=self._watch.through_norms, zero_tolerance=self._watch.zero_tolerance
-            )
-            for batch in first:
-                self._count(batch, trial)
-            self._watch.limits = _shards.agreed(trial.limits)
-            while first:
-                yield first.pop()
-        yield from iterator
+    def _keep(self, batch: Any) -> None:
+        """Write the file every now and then."""
+        if self._file is None:
+            return
+        due = self._watch.batches % self._file.every == 0
+        if due or not self._mark[0]:
+            self._mark = self._watch.batches, digest_of(batch)
+        if due:
+            self._save(partial=True)
 
-    def _found(self) -> Profile | None:
+    def _save(self, *, partial: bool) -> Profile | None:
+        """The profile of all that was counted, which goes to the file too."""
         watch = self._watch
-        if watch.graph is None:
-            if watch.batches:
-                raise ProfileError("`forward` did not call the model; expected it to call model(...) with the batch")
+        watch.look()
+        found = self._reached and self._reached.profile
+        if watch.examples:
+            assert watch.graph is not None
+            self._blank = self._blank or unmeasured(self._model, watch.graph)
+            parts, tolerance = _parts(watch), watch.zero_tolerance
+            latest = self._blank.with_parts(parts, watch.examples, zero_tolerance=tolerance)
+            found = latest if found is None else found.merge(latest)
+        elif found is None and watch.batches:
+            raise ProfileError("`forward` did not call the model; expected it to call model(...) with the batch")
+        if found is None:
             return None
-        blank = unmeasured(self._model, watch.graph)
-        return blank.with_parts(_parts(watch), watch.examples, zero_tolerance=watch.zero_tolerance)
+        found.partial = partial
+        if self._file:
+            reached = Reached(found, watch.batches, self._mark, watch.limits)
+            with uninterrupted():
+                self._file.write(reached)
+                self._reached = reached
+                watch.restart()  # stretch by stretch: a pass that was cut between two gives the same bits
+        return found
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    """How many there are; None if they do not know."""
+    try:
+        return len(batches)  # pyright: ignore[reportArgumentType]
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def unmeasured(model: nn.Module, graph: NeuronGraph) -> Profile:

@@ -245,6 +245,10 @@ class Profile(Mapping[str, LayerProfile]):
 
     def save(self, path: str | Path) -> None:
         """Write the profile as one safetensors file; it appears complete or not at all. Raises StoreError."""
+        write_whole(Path(path), self.packed())
+
+    def packed(self, more: Mapping[str, Any] | None = None) -> bytes:
+        """The content of that file, with more words in it."""
         arrays: dict[str, Any] = {}
         for index, layer in enumerate(self.layers.values()):
             arrays |= {f"{index}.{name}": np.ascontiguousarray(getattr(layer, name)) for name in _ARRAYS}
@@ -253,6 +257,7 @@ class Profile(Mapping[str, LayerProfile]):
             arrays[f"part{index}.roots"] = part.roots
             arrays |= {f"part{index}.{name}": getattr(part.counts, name).numpy() for name in _TENSORS}
         content = {
+            **(more or {}),
             "format": _FORMAT,
             "version": _VERSION,
             "examples": self.examples,
@@ -265,7 +270,7 @@ class Profile(Mapping[str, LayerProfile]):
                 for part in self._parts
             ],
         }
-        write_whole(Path(path), to_safetensors(arrays, {"torchtrim": json.dumps(content)}))
+        return to_safetensors(arrays, {"torchtrim": json.dumps(content)})
 
     @classmethod
     def load(cls, path: str | Path) -> "Profile":

@@ -137,7 +137,7 @@ def profile_table(measured: Profile, rule: Rule, criterion: Criterion | str = cr
     """What was measured, layer by layer as in the paper's table 1, and what the rule would remove."""
     plans, reason = _plans(measured, rule, criterion)
     shown = Table(
-        title=f"APoZ over {measured.examples:,} examples",
+        title=f"APoZ over {measured.examples:,} examples" + ", where it was interrupted" * measured.partial,
         caption=f"APoZ: share of a neuron's activations that are zero. Removed: by the rule {rule}.{reason}",
         title_justify="left",
         caption_justify="left",

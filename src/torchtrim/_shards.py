@@ -35,6 +35,11 @@ def rank() -> int:
     return dist.get_rank() if several() else 0
 
 
+def place() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    return rank(), dist.get_world_size()
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, without the wrapper that keeps its copies alike in training."""
     return model.module if isinstance(model, DistributedDataParallel) else model

@@ -2,8 +2,8 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,8 +15,11 @@ from torchtrim._activations import ACTIVATIONS, RECURRENT, kind_of
 from torchtrim._flow import Site
 from torchtrim._graph import trace
 from torchtrim._neurons import NeuronGraph
+from torchtrim._progress import uninterrupted
 from torchtrim._tally import Tallies
 from torchtrim.errors import ProfileError, TorchtrimError
+
+Limits: TypeAlias = dict[tuple[int, str, str], float]  # by activation call, up to which size a value is zero
 
 
 class _MisfitError(Exception):
@@ -48,12 +51,12 @@ class Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module, *, through_norms: bool = False, zero_tolerance: float = 0.0) -> None:
         super().__init__()
         self.zero_tolerance = zero_tolerance
-        self.limits: dict[tuple[int, str, str], float] = {}  # by activation call, up to which size a value is zero
+        self.limits: Limits = {}
         self.model = model
         self.through_norms = through_norms
         self.graph: NeuronGraph | None = None
         self.tallies = Tallies()
-        self.batches = 0
+        self.batches = 0  # counted
         self.examples = 0
         self._numbers = {id(parameter): number for number, parameter in enumerate(model.parameters())}
         self._paths: list[_Path] = []
@@ -75,7 +78,6 @@ class Watch(TorchDispatchMode):
         Raises NotFiniteError, where values are on another device some batches late.
         """
         self._wrong.clear()
-        self.batches += 1
         try:
             while not self._fits(call):
                 if self._candidate() is None:
@@ -83,9 +85,18 @@ class Watch(TorchDispatchMode):
         except TorchtrimError:
             self.look()  # an earlier batch may be why
             raise
-        self.tallies.commit(self.batches)
+        finally:
+            self._arguments = (), {}  # the next batch is made without this one
+        with uninterrupted():
+            self.tallies.commit(self.batches + 1)
+            self.examples += self._pending_examples
+            self.batches += 1
         self.look(self.batches)
-        self.examples += self._pending_examples
+
+    def restart(self) -> None:
+        """Forget what was counted, and go on."""
+        self.tallies = Tallies()
+        self.examples = 0
 
     def look(self, batch: int | None = None) -> None:
         """Raise NotFiniteError if a batch had NaN or infinite activations.
@@ -178,7 +189,7 @@ class Watch(TorchDispatchMode):
             )
         graph = trace(self.model, _example(self.model, *self._arguments), through_norms=self.through_norms)
         self._paths.append(_Path(graph.sites))
-        self.graph = self.graph or graph
+        self.graph = self.graph or replace(graph, example=None, training_example=None, recordings=())  # let go
 
     def _shapes(self) -> tuple[tuple[int, ...], ...]:
         leaves = pytree.tree_leaves(self._arguments)
