@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchtrim import Profile, profile
+from torchtrim import MeanPlusStd, Profile, Stable, profile
 from torchtrim.errors import ProfileError, StoreError
 
 
@@ -133,3 +133,8 @@ def test_an_error_leaves_what_was_saved(tmp_path: Path) -> None:
     assert Profile.load(tmp_path / "pass").examples == 16
     with pytest.raises(ProfileError, match="batch 6: NaN or infinite"):
         profile(network(), bad, checkpoint=tmp_path / "pass", every=2)
+
+
+def test_a_pass_with_a_checkpoint_goes_to_the_end(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match="until: expected one pass from beginning to end, found a checkpoint"):
+        profile(network(), batches(), checkpoint=tmp_path / "pass", until=Stable(MeanPlusStd(1)))

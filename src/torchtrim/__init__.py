@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torchtrim._profile import Profile
     from torchtrim._run_directory import run
     from torchtrim._select import Fraction, MeanPlusStd, Threshold, select
+    from torchtrim._stable import Stable
     from torchtrim._store import load, save
     from torchtrim._surgery import mask, trim
     from torchtrim.errors import TorchtrimError, TorchtrimWarning
@@ -29,6 +30,7 @@ __all__ = [
     "Profile",
     "Progressive",
     "Round",
+    "Stable",
     "Stop",
     "Threshold",
     "TorchtrimError",
@@ -59,6 +61,7 @@ _ROOMS = {
     "_profile": "Profile",
     "_run_directory": "run",
     "_select": "Fraction MeanPlusStd Threshold select",
+    "_stable": "Stable",
     "_store": "load save",
     "_surgery": "mask trim",
     "criteria": "criteria",

@@ -44,6 +44,9 @@ class Counts:
     def __add__(self, other: Self) -> "Counts":
         return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
+    def __sub__(self, other: Self) -> "Counts":
+        return Counts(*(getattr(self, field.name) - getattr(other, field.name) for field in fields(self)))
+
     def each(self, function: Callable[[Tensor], Tensor]) -> "Counts":
         """The same, with what the function makes of every tensor."""
         found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}

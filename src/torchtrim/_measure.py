@@ -23,8 +23,9 @@ from torchtrim._checkpoint import Checkpoint, Reached, digest_of
 from torchtrim._copies import named_tensors
 from torchtrim._counting import native_room
 from torchtrim._neurons import NeuronGraph
-from torchtrim._profile import Part, Profile, added_up
+from torchtrim._profile import Part, Profile, added_up, since
 from torchtrim._progress import displayed, shown, uninterrupted
+from torchtrim._stable import Stable
 from torchtrim._watch import NotFiniteError, Watch
 from torchtrim.criteria import Floats, LayerProfile
 from torchtrim.errors import ProfileError, TorchtrimWarning, TraceError
@@ -39,6 +40,7 @@ def profile(
     *,
     through_norms: bool = False,
     zero_tolerance: float = 0.0,
+    until: Stable | None = None,
     sharded: bool = True,
     checkpoint: str | Path | None = None,
     every: int = 100,
@@ -51,7 +53,7 @@ def profile(
     Tensors are moved to where the model is. Memory does not grow with the data. through_norms: as for `trace`; a plan
     that is selected from the profile has it too. zero_tolerance: after activations that give no exact zeros (GELU,
     SiLU, tanh, sigmoid), what counts as zero, as a share of the root mean square of the tensor's values in the first
-    batch; such as 0.01.
+    batch; such as 0.01. until: when to stop before the data end; the profile then has `in_doubt`.
 
     checkpoint: a file that holds the pass so far, written every `every` batches. A call with a file that is there goes
     on after the last of them, so that the data must come in the same order; it ends with the same integers, and with
@@ -80,13 +82,16 @@ def profile(
     if not 0 <= zero_tolerance < float("inf"):
         raise ProfileError(f"zero_tolerance: expected a share of the root mean square, found {zero_tolerance!r}")
     shared = sharded and _shards.several()
+    if until and (shared or checkpoint is not None):
+        other = "several processes that share a pass; pass sharded=False" if shared else "a checkpoint; leave one out"
+        raise ProfileError(f"until: expected one pass from beginning to end, found {other}")
     model = _shards.unwrapped(model)
     file = None
     if checkpoint is not None:
         asked = {"through_norms": through_norms, "zero_tolerance": zero_tolerance}
         file = Checkpoint(checkpoint, every, model, **asked)
     watch = Watch(model, through_norms=through_norms, zero_tolerance=zero_tolerance)
-    one = _Pass(model, forward, watch, file, shared=shared)
+    one = _Pass(model, forward, watch, file, until, shared=shared)
     with displayed(False if shared and _shards.rank() else progress) as display:
         found = _shards.together(lambda: one.over(batches, display)) if shared else one.over(batches, display)
     if found is None:
@@ -98,11 +103,41 @@ def profile(
     return found
 
 
+class _Looks:
+    """Shows a pass over data to `until` every now and then."""
+
+    def __init__(self, model: nn.Module, until: Stable) -> None:
+        self.judge = until.begin()
+        self._model, self._every = model, until.every
+        self._blank: Profile | None = None
+        self._seen: tuple[Part, ...] = ()
+
+    def enough(self, watch: Watch) -> bool:
+        """Whether the pass may end."""
+        if watch.batches % self._every or watch.graph is None:
+            return False
+        watch.look()
+        blank = self._blank = self._blank or unmeasured(self._model, watch.graph)
+        before, self._seen = self._seen, _parts(watch)
+        so_far, latest = (
+            blank.with_parts(parts, 0, zero_tolerance=watch.zero_tolerance)
+            for parts in (self._seen, since(before, self._seen))
+        )
+        return self.judge.look(so_far, latest)
+
+
 class _Pass:
     """One pass of this process over data."""
 
     def __init__(
-        self, model: nn.Module, forward: Forward | None, watch: Watch, file: Checkpoint | None, *, shared: bool
+        self,
+        model: nn.Module,
+        forward: Forward | None,
+        watch: Watch,
+        file: Checkpoint | None,
+        until: Stable | None,
+        *,
+        shared: bool,
     ) -> None:
         self._model, self._forward, self._watch, self._shared = model, forward, watch, shared
         self._file = file.of_process(*_shards.place()) if file and shared else file
@@ -110,6 +145,7 @@ class _Pass:
         self._reached: Reached | None = None  # what the file holds
         self._mark = 0, ""  # number and digest of a batch, by which the data are known again
         self._blank: Profile | None = None
+        self._looks = _Looks(model, until) if until else None
 
     def over(self, batches: Iterable[Any], progress: Progress) -> Profile | None:
         """What they hold; None if there are none. What there is, `partial`, where an interrupt comes."""
@@ -130,6 +166,8 @@ class _Pass:
                     del batch  # the next is made without it
                     rate = (self._examples - before) / max(time.perf_counter() - begun, 1e-9)
                     show(f", {rate:,.0f} examples/s")
+                    if self._looks and self._looks.enough(watch):
+                        break
             except KeyboardInterrupt:
                 if not self._examples:
                     raise
@@ -196,7 +234,8 @@ class _Pass:
             assert watch.graph is not None
             self._blank = self._blank or unmeasured(self._model, watch.graph)
             parts, tolerance = _parts(watch), watch.zero_tolerance
-            latest = self._blank.with_parts(parts, watch.examples, zero_tolerance=tolerance)
+            doubt = self._looks.judge.in_doubt if self._looks else None
+            latest = self._blank.with_parts(parts, watch.examples, zero_tolerance=tolerance, in_doubt=doubt)
             found = latest if found is None else found.merge(latest)
         elif found is None and watch.batches:
             raise ProfileError("`forward` did not call the model; expected it to call model(...) with the batch")

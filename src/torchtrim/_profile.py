@@ -129,8 +129,9 @@ class Profile(Mapping[str, LayerProfile]):
 
     `zeros`, `positions`, `apoz`, `standard_error` and `mean` hold one array per layer with one entry per neuron;
     `examples` is how many examples were seen; `sites` lists what each activation call contributed; `notes` says what
-    to beware of; `through_norms` is as in `trace`, `zero_tolerance` as in `profile`; `partial` says
-    whether the pass over the data was interrupted.
+    to beware of; `through_norms` is as in `trace`, `zero_tolerance` as in `profile`; `partial` says whether the pass
+    over the data was interrupted; `in_doubt` lists, by layer, the neurons of which `until` had not settled whether they
+    go, and is None without it.
     `print(profile)` shows the mean APoZ by layer, as table 1 of Hu et al., "Network Trimming", 2016, does.
     """
 
@@ -144,10 +145,12 @@ class Profile(Mapping[str, LayerProfile]):
         through_norms: bool = False,
         zero_tolerance: float = 0.0,
         partial: bool = False,
+        in_doubt: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self.layers = dict(layers)
         self.examples = examples
         self.partial = partial
+        self.in_doubt = None if in_doubt is None else {name: tuple(neurons) for name, neurons in in_doubt.items()}
         self.through_norms = through_norms
         self.zero_tolerance = zero_tolerance
         self._parts = tuple(parts)
@@ -230,7 +233,13 @@ class Profile(Mapping[str, LayerProfile]):
         return self.with_parts(parts, examples, zero_tolerance=self.zero_tolerance, partial=partial)
 
     def with_parts(
-        self, parts: Sequence[Part], examples: int, *, zero_tolerance: float, partial: bool = False
+        self,
+        parts: Sequence[Part],
+        examples: int,
+        *,
+        zero_tolerance: float,
+        partial: bool = False,
+        in_doubt: Mapping[str, Sequence[int]] | None = None,
     ) -> "Profile":
         """The same layers with the figures that these parts give."""
         return Profile(
@@ -241,6 +250,7 @@ class Profile(Mapping[str, LayerProfile]):
             through_norms=self.through_norms,
             zero_tolerance=zero_tolerance,
             partial=partial,
+            in_doubt=in_doubt,
         )
 
     def save(self, path: str | Path) -> None:
@@ -264,6 +274,7 @@ class Profile(Mapping[str, LayerProfile]):
             "through_norms": self.through_norms,
             "zero_tolerance": self.zero_tolerance,
             "partial": self.partial,
+            "in_doubt": self.in_doubt,
             "layers": [{name: getattr(layer, name) for name in _WORDS} for layer in self.layers.values()],
             "parts": [
                 {name: getattr(part, name) for name in _CALL} | {name: getattr(part.counts, name) for name in _NUMBERS}
@@ -296,7 +307,7 @@ class Profile(Mapping[str, LayerProfile]):
             counted: dict[str, Any] = {name: torch.from_numpy(arrays[f"part{index}.{name}"]) for name in _TENSORS}
             counted |= {name: described.pop(name) for name in _NUMBERS}
             parts.append(Part(**described, roots=arrays[f"part{index}.roots"], counts=Counts(**counted)))
-        how = {name: content[name] for name in ("through_norms", "zero_tolerance", "partial")}
+        how = {name: content[name] for name in ("through_norms", "zero_tolerance", "partial", "in_doubt")}
         return cls(layers, content["examples"], parts=parts, roots=roots, **how)
 
     def __str__(self) -> str:
@@ -311,6 +322,11 @@ class Profile(Mapping[str, LayerProfile]):
         ]
         unseen = [name for name, layer in self.layers.items() if not layer.positions.any()]
         notes = [f"no activation was observed at: {', '.join(unseen)}"] if unseen else []
+        if self.in_doubt is not None:
+            doubtful = sum(map(len, self.in_doubt.values()))
+            notes.append(
+                f"settled for all neurons but {doubtful}, see in_doubt" if doubtful else "settled for all neurons"
+            )
         return "\n".join([f"Profile of {self.examples:,} examples", *lines, *self.notes, *notes])
 
 
@@ -359,6 +375,13 @@ def difference(one: Profile, other: Profile) -> str:
 
 
 # ------------------------------------------------------------------ from activation calls to layers
+
+
+def since(before: Iterable[Part], parts: Iterable[Part]) -> tuple[Part, ...]:
+    """What came to the parts `before`."""
+    known = {part.key: part.counts for part in before}
+    came = [replace(part, counts=part.counts - known[part.key]) if part.key in known else part for part in parts]
+    return tuple(part for part in came if part.counts.examples)
 
 
 def added_up(parts: Iterable[Part]) -> tuple[Part, ...]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,15 @@ class Rule(Protocol):
     """Chooses which units of a group go: scores float64 [units] -> bool [units]."""
 
     def choose(self, scores: Floats, /) -> Booleans: ...
+
+
+@runtime_checkable
+class Limited(Rule, Protocol):
+    """A rule that chooses the units above a limit, and can say how the limit moves with the scores."""
+
+    def limit(self, scores: Floats, /) -> tuple[float, Floats]:
+        """The limit, and its derivative by each score: float64 [units]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,11 @@ class MeanPlusStd:
         # The sums round: of equal scores, or of two halves, some would else lie above a limit they equal.
         return scaled > scaled.mean() + self.k * scaled.std() + 1e-12
 
+    def limit(self, scores: Floats, /) -> tuple[float, Floats]:
+        mean, spread = scores.mean(), scores.std()
+        outward = (scores - mean) / spread if spread > 0 else np.zeros(scores.size)
+        return float(mean + self.k * spread), (1 + self.k * outward) / scores.size
+
     def __str__(self) -> str:
         return f"mean + {float(self.k)} std"
 
@@ -65,6 +79,9 @@ class Threshold:
     def choose(self, scores: Floats, /) -> Booleans:
         return scores > self.t
 
+    def limit(self, scores: Floats, /) -> tuple[float, Floats]:
+        return self.t, np.zeros(scores.size)
+
     def __str__(self) -> str:
         return f"threshold:{float(self.t)}"
 
@@ -80,11 +97,20 @@ class Fraction:
             raise PlanError(f"Fraction: expected a share of at least 0 and below 1, found {self.p!r}; some must stay")
 
     def choose(self, scores: Floats, /) -> Booleans:
-        # 0.29 * 100 is 28.999999999999996, and 29 is meant.
-        count = math.floor(self.p * scores.size + 1e-9)
         chosen = np.zeros(scores.size, dtype=np.bool_)
-        chosen[np.argsort(-scores, kind="stable")[:count]] = True
+        chosen[np.argsort(-scores, kind="stable")[: self._count(scores)]] = True
         return chosen
+
+    def limit(self, scores: Floats, /) -> tuple[float, Floats]:
+        order, count = np.argsort(-scores, kind="stable"), self._count(scores)
+        beside = order[count - 1 : count + 1] if count else order[:0]
+        slope = np.zeros(scores.size)
+        slope[beside] = 1 / max(beside.size, 1)
+        return float(scores @ slope) if beside.size else math.inf, slope
+
+    def _count(self, scores: Floats) -> int:
+        # 0.29 * 100 is 28.999999999999996, and 29 is meant.
+        return math.floor(self.p * scores.size + 1e-9)
 
     def __str__(self) -> str:
         return f"fraction:{float(self.p)}"
@@ -139,19 +165,27 @@ def select(
     notes: list[str] = []
     faults: list[str] = []
     for group in chosen:
-        scores = {layer.name: _scores(function, layer) for layer in groups[group]}
-        unseen = [layer.name for layer in groups[group] if np.isnan(scores[layer.name][layer.unit >= 0]).any()]
-        if unseen and layers is None:
-            notes.append(f"{', '.join(unseen)}: no activation was observed; left whole")
-        elif unseen:
-            faults += [f"layer {name!r}: no activation was observed, so it has no score" for name in unseen]
+        scored = _Scored.of(groups[group], function)
+        if scored.unseen and layers is None:
+            notes.append(f"{', '.join(scored.unseen)}: no activation was observed; left whole")
+        elif scored.unseen:
+            faults += [f"layer {name!r}: no activation was observed, so it has no score" for name in scored.unseen]
         else:
-            removed |= _choose(groups[group], scores, rule, notes)
+            removed |= _choose(groups[group], scored, rule, notes)
     if faults:
         raise PlanError("\n".join([*faults, "profile them with data that reaches them, or leave them out"]))
     plans = {name: LayerPlan(profile[name].width, removed[name]) for name in profile if name in removed}
     source = f"{getattr(function, '__name__', type(function).__name__)}, {rule}"
     return Plan(plans, source, tuple(notes), getattr(profile, "through_norms", False))
+
+
+def scored_groups(
+    profile: Mapping[str, LayerProfile], layers: Sequence[str] | None, criterion: Criterion | str
+) -> dict[str, tuple[Floats, dict[str, NDArray[np.intp]]]]:
+    """By group that `select` would choose from: the scores of its units, and by layer which of them its neurons are."""
+    function, groups = criteria.resolve(criterion), _groups(profile)
+    found = {group: _Scored.of(groups[group], function) for group in _chosen_groups(profile, groups, layers)}
+    return {group: (scored.scores, scored.places) for group, scored in found.items() if not scored.unseen}
 
 
 def check_layers(profile: Mapping[str, LayerProfile], layers: Sequence[str] | None) -> None:
@@ -223,24 +257,41 @@ def _scores(function: Criterion, layer: LayerProfile) -> Floats:
     return scores
 
 
-def _choose(
-    group: Sequence[LayerProfile], scores: Mapping[str, Floats], rule: Rule, notes: list[str]
-) -> dict[str, tuple[int, ...]]:
+class _Scored(NamedTuple):
+    """The units of a group and their scores, the means over its layers: float64 [units].
+
+    places: by layer, where its removable neurons stand among the units. unseen: layers of which nothing was observed.
+    """
+
+    scores: Floats
+    places: dict[str, NDArray[np.intp]]
+    unseen: tuple[str, ...]
+
+    @classmethod
+    def of(cls, group: Sequence[LayerProfile], function: Criterion) -> "_Scored":
+        units = np.unique(np.concatenate([layer.unit[layer.unit >= 0] for layer in group]))
+        totals, counts = np.zeros(units.size), np.zeros(units.size)
+        places: dict[str, NDArray[np.intp]] = {}
+        unseen: list[str] = []
+        for layer in group:
+            removable = layer.unit >= 0
+            scores = _scores(function, layer)[removable]
+            unseen += [layer.name] if np.isnan(scores).any() else []
+            place = places[layer.name] = np.searchsorted(units, layer.unit[removable])
+            members = np.bincount(place, minlength=units.size)
+            sums = np.bincount(place, scores, units.size)
+            present = members > 0
+            totals[present] += sums[present] / members[present]
+            counts += present
+        return cls(totals / counts, places, tuple(unseen))
+
+
+def _choose(group: Sequence[LayerProfile], scored: _Scored, rule: Rule, notes: list[str]) -> dict[str, tuple[int, ...]]:
     """The removed neurons of each layer of a group; adds to `notes` what had to stay against the rule."""
-    units = np.unique(np.concatenate([layer.unit[layer.unit >= 0] for layer in group]))
-    totals, counts = np.zeros(units.size), np.zeros(units.size)
-    # Where each layer's removable neurons stand among the units.
-    places = {layer.name: np.searchsorted(units, layer.unit[layer.unit >= 0]) for layer in group}
-    for layer in group:
-        members = np.bincount(places[layer.name], minlength=units.size)
-        sums = np.bincount(places[layer.name], scores[layer.name][layer.unit >= 0], units.size)
-        present = members > 0
-        totals[present] += sums[present] / members[present]
-        counts += present
-    means = totals / counts
+    means, places, _ = scored
     goes = np.array(rule.choose(means), dtype=np.bool_)
-    if goes.shape != units.shape:
-        raise PlanError(f"the rule {rule} gave shape {goes.shape} for {units.size} scores; expected one each")
+    if goes.shape != means.shape:
+        raise PlanError(f"the rule {rule} gave shape {goes.shape} for {means.size} scores; expected one each")
 
     if goes.size and goes.all():
         goes[np.argmin(means)] = False
