@@ -431,3 +431,21 @@ def test_table() -> None:
     text = str(profile(LeNet(), [images()]))
     assert text.splitlines()[0] == "Profile of 7 examples"
     assert "no activation was observed at: fc2" in text
+
+
+def test_summary() -> None:
+    torch.manual_seed(0)
+    found = profile(LeNet(), [images()])
+    rows = found.summary().rows
+    assert [row.layer for row in rows] == ["conv1", "conv2", "fc1"]
+    assert [row.neurons for row in rows] == [20, 50, 500]
+    for row in rows:
+        layer = found[row.layer]
+        assert row.apoz == pytest.approx(layer.zeros.sum() / layer.positions.sum())
+        assert row.dead == sum(
+            zeros == positions for zeros, positions in zip(layer.zeros, layer.positions, strict=True)
+        )
+        assert row.above == sum(zeros > 0.9 * count for zeros, count in zip(layer.zeros, layer.positions, strict=True))
+        assert row.low < row.apoz < row.high
+    assert any(row.above > row.dead > 0 for row in rows)
+    assert str(found.summary()) in str(found)

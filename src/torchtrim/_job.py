@@ -28,7 +28,7 @@ from torchtrim._data import batches
 from torchtrim._files import write_whole
 from torchtrim._graph import trace
 from torchtrim._loop import Progressive, Round, Stop, iterate
-from torchtrim._measure import profile, unmeasured
+from torchtrim._measure import profile
 from torchtrim._picture import picture
 from torchtrim._profile import Profile
 from torchtrim._report import Ancestor, RoundTable, advice, profile_table, says_nothing
@@ -37,6 +37,7 @@ from torchtrim._select import MeanPlusStd, Rule, check_layers
 from torchtrim._settings import Settings
 from torchtrim._source import Opened, Source, open_source
 from torchtrim._training import Training, evaluate, shown, train
+from torchtrim._unmeasured import unmeasured
 from torchtrim.errors import ModelError, StoreError, TorchtrimWarning
 
 LATENCY_BATCH = 32  # inputs of the batch whose latency is measured

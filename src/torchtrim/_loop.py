@@ -19,11 +19,13 @@ from torchtrim import criteria
 from torchtrim._cost import Cost, measure_beside
 from torchtrim._graph import trace
 from torchtrim._history import history
-from torchtrim._measure import Forward, profile, unmeasured
+from torchtrim._measure import profile
+from torchtrim._pass import Forward
 from torchtrim._plan import Plan
 from torchtrim._profile import Profile
 from torchtrim._select import Rule, check_layers, resolve_rule, select
 from torchtrim._surgery import trim
+from torchtrim._unmeasured import unmeasured
 from torchtrim.criteria import Criterion
 from torchtrim.errors import TorchtrimError
 

@@ -2,19 +2,20 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property, reduce
+from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
-from torchtrim._activations import KINDS, Kind
 from torchtrim._counting import Counts
 from torchtrim._files import write_whole
+from torchtrim._parts import Part, SiteProfile, added_up, measured_layer, sites_of
+from torchtrim._summary import Summary, half_widths
 from torchtrim.criteria import Floats, Integers, LayerProfile
 from torchtrim.errors import ProfileError, StoreError
 
@@ -25,103 +26,6 @@ _ARRAYS = tuple(one.name for one in fields(LayerProfile) if one.name not in _WOR
 _CALL = ("index", "operator", "module", "kind", "factor")
 _TENSORS = ("zeros", "total", "square", "nonzero_square", "nonzero_positions")
 _NUMBERS = ("positions", "positions_square", "examples")
-
-
-@dataclass(frozen=True, eq=False)
-class SiteProfile:
-    """What one activation call contributed to a layer; zeros, positions: int64 [neurons].
-
-    index: the how-manieth activation call of a forward pass. operator, module: what was called, and where.
-    kind: "rectifier" (ReLU and its kin, which give exact zeros), "smooth" or "gate".
-    """
-
-    index: int
-    operator: str
-    module: str
-    kind: Kind
-    zeros: Integers
-    positions: Integers
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """What one activation call counted, entry by entry: of a channel, or of each of its positions behind a flatten.
-
-    factor: which of the labels of its tensor. roots: int64 [entries], the neuron of each. counts: tensors [entries].
-    """
-
-    index: int
-    operator: str
-    module: str
-    kind: Kind
-    factor: int
-    roots: Integers
-    counts: Counts
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for parts that can be added up."""
-        return self.index, self.operator, self.module, self.kind, self.factor, self.roots.tobytes()
-
-    @cached_property
-    def _unique(self) -> tuple[Any, Any]:
-        return np.unique(self.roots, return_inverse=True)
-
-    @cached_property
-    def _share(self) -> "_Share":
-        counts = self.counts
-        zeros, total, square = (one.numpy() for one in (counts.zeros, counts.total, counts.square))
-        positions = np.full(zeros.size, counts.positions)
-        return _Share(zeros, positions, total, square, _deviation(counts), np.full(zeros.size, counts.examples))
-
-    def of(self, roots: Integers) -> "_Share | None":
-        """What was counted of a layer's neurons; None if it has none here."""
-        if np.array_equal(self.roots, roots):
-            return self._share  # neurons that only go together still keep counts of their own
-        unique, inverse = self._unique
-        place = np.searchsorted(unique, roots).clip(max=unique.size - 1)
-        here = (unique[place] == roots) & (roots > 0)
-        if not here.any():
-            return None
-        gathered: list[Any] = []
-        for name, array in self._share._asdict().items():
-            sums = np.zeros(unique.size, array.dtype)
-            (np.maximum if name == "examples" else np.add).at(sums, inverse, array)
-            gathered.append(np.where(here, sums[place], 0))
-        return _Share(*gathered)
-
-
-def _deviation(counts: Counts) -> Floats:
-    """How far the zeros of an entry are from their share of its positions, example by example: float64 [entries].
-
-    The root of the sum over examples of (zeros - share · positions)², times examples / (examples - 1). Over all
-    positions it is the standard error of the share, a ratio of sums over examples (Cochran, "Sampling Techniques",
-    1977, equation 6.13). Infinite of one example.
-    """
-    if counts.examples < 2:
-        return np.full(counts.zeros.numel(), np.inf)
-    share = 1 - counts.zeros.double() / counts.positions  # of what is not zero, which deviates as much
-    squares = counts.nonzero_square - 2 * share * counts.nonzero_positions + share.square() * counts.positions_square
-    return (squares.clamp_min(0) * (counts.examples / (counts.examples - 1))).sqrt().numpy()
-
-
-class _Share(NamedTuple):
-    """The counts of some neurons: int64 or float64, [neurons] each.
-
-    Deviations add up as if they all went the same way, so that the standard error of a neuron with several entries or
-    sites is an upper bound.
-    """
-
-    zeros: Integers
-    positions: Integers
-    total: Floats
-    square: Floats
-    deviation: Floats
-    examples: Integers
-
-    def plus(self, other: "_Share") -> "_Share":
-        sums: list[Any] = [mine + theirs for mine, theirs in zip(self, other, strict=True)]
-        return _Share(*sums)._replace(examples=np.maximum(self.examples, other.examples))
 
 
 class Profile(Mapping[str, LayerProfile]):
@@ -191,13 +95,13 @@ class Profile(Mapping[str, LayerProfile]):
 
     @cached_property
     def sites(self) -> dict[str, tuple[SiteProfile, ...]]:
-        return {name: _sites(self._parts, self._roots[name]) if self._roots else () for name in self.layers}
+        return {name: sites_of(self._parts, self._roots[name]) if self._roots else () for name in self.layers}
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What to beware of: figures that are uncertain, and figures that say little."""
         seen = [layer for layer in self.layers.values() if layer.positions.any()]
-        typical = float(np.median(np.concatenate([[0.0], *map(_half_widths, seen)])))
+        typical = float(np.median(np.concatenate([[0.0], *map(half_widths, seen)])))
         notes = [f"few examples: half of the neurons' APoZ is known to ± {100 * typical:.1f} % or worse; measure more"]
         notes = notes if typical > _TOO_WIDE else []
         if self.partial:
@@ -215,6 +119,10 @@ class Profile(Mapping[str, LayerProfile]):
         if alike:
             notes.append(f"all neurons have the same APoZ in {_some(alike)}: it gives no reason to choose among them")
         return tuple(notes)
+
+    def summary(self) -> Summary:
+        """A row for each layer that was seen, as table 1 of Hu et al., 2016; it prints as a table."""
+        return Summary.of(self.layers.values())
 
     def merge(self, *others: "Profile") -> "Profile":
         """This profile and others of the same model, measured over other data, as one measured over all of it.
@@ -243,7 +151,7 @@ class Profile(Mapping[str, LayerProfile]):
     ) -> "Profile":
         """The same layers with the figures that these parts give."""
         return Profile(
-            {name: _measured(layer, self._roots[name], parts) for name, layer in self.layers.items()},
+            {name: measured_layer(layer, self._roots[name], parts) for name, layer in self.layers.items()},
             examples,
             parts=parts,
             roots=self._roots,
@@ -311,15 +219,6 @@ class Profile(Mapping[str, LayerProfile]):
         return cls(layers, content["examples"], parts=parts, roots=roots, **how)
 
     def __str__(self) -> str:
-        rows = [("layer", "neurons", "mean APoZ", "95 % interval", "a neuron's ±", "above 90 %", "always zero")]
-        rows += [_row(layer) for layer in self.layers.values() if layer.positions.any()]
-        sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                [row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))]
-            )
-            for row in rows
-        ]
         unseen = [name for name, layer in self.layers.items() if not layer.positions.any()]
         notes = [f"no activation was observed at: {', '.join(unseen)}"] if unseen else []
         if self.in_doubt is not None:
@@ -327,30 +226,10 @@ class Profile(Mapping[str, LayerProfile]):
             notes.append(
                 f"settled for all neurons but {doubtful}, see in_doubt" if doubtful else "settled for all neurons"
             )
-        return "\n".join([f"Profile of {self.examples:,} examples", *lines, *self.notes, *notes])
+        return "\n".join([f"Profile of {self.examples:,} examples", str(self.summary()), *self.notes, *notes])
 
 
 _TOO_WIDE = 0.05  # of half an interval
-
-
-def _row(layer: LayerProfile) -> tuple[str, ...]:
-    apoz = layer.apoz
-    dead = layer.zeros == layer.positions
-    low, high = (100 * np.nanmean(bound) for bound in layer.interval())
-    return (
-        layer.name,
-        str(layer.width),
-        f"{100 * np.nanmean(apoz):.2f} %",
-        f"{low:.2f}–{high:.2f} %",
-        f"{100 * np.median(_half_widths(layer)):.2f} %",
-        str(int((apoz > 0.9).sum())),
-        str(int((dead & (layer.positions > 0)).sum())),
-    )
-
-
-def _half_widths(layer: LayerProfile) -> Floats:
-    low, high = layer.interval()
-    return ((high - low) / 2)[layer.positions > 0]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -372,62 +251,3 @@ def difference(one: Profile, other: Profile) -> str:
                 return f"other weights in {name!r}"
     settings = [(key, getattr(one, key), getattr(other, key)) for key in ("through_norms", "zero_tolerance")]
     return "; ".join(f"{key}={mine} and {key}={theirs}" for key, mine, theirs in settings if mine != theirs)
-
-
-# ------------------------------------------------------------------ from activation calls to layers
-
-
-def since(before: Iterable[Part], parts: Iterable[Part]) -> tuple[Part, ...]:
-    """What came to the parts `before`."""
-    known = {part.key: part.counts for part in before}
-    came = [replace(part, counts=part.counts - known[part.key]) if part.key in known else part for part in parts]
-    return tuple(part for part in came if part.counts.examples)
-
-
-def added_up(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """One part for each call and factor; a call that was traced at several sizes is one."""
-    found: dict[tuple[Any, ...], Part] = {}
-    for part in parts:
-        before = found.get(part.key)
-        found[part.key] = part if before is None else replace(part, counts=before.counts + part.counts)
-    return tuple(found.values())
-
-
-def _measured(layer: LayerProfile, roots: Integers, parts: Sequence[Part]) -> LayerProfile:
-    """The layer with the figures of the first kind of activation that it has."""
-    reached = [(part, share) for part in parts if (share := part.of(roots)) is not None]
-    best = min((KINDS.index(part.kind) for part, _ in reached), default=0)
-    share = _total([share for part, share in reached if KINDS.index(part.kind) == best], layer.width)
-    return replace(
-        layer,
-        zeros=share.zeros,
-        positions=share.positions,
-        mean=_ratio(share.total, share.positions),
-        mean_square=_ratio(share.square, share.positions),
-        standard_error=_ratio(share.deviation, share.positions),
-        examples=share.examples,
-    )
-
-
-def _total(shares: Sequence[_Share], width: int) -> _Share:
-    none = np.zeros(width, np.int64)
-    floats = none.astype(np.float64)
-    return reduce(_Share.plus, shares, _Share(none, none, floats, floats, floats, none))
-
-
-def _sites(parts: Sequence[Part], roots: Integers) -> tuple[SiteProfile, ...]:
-    """One entry per activation call."""
-    found: dict[int, tuple[Part, list[_Share]]] = {}
-    for part in parts:
-        share = part.of(roots)
-        if share is not None:
-            found.setdefault(part.index, (part, []))[1].append(share)
-    totals = [(part, _total(shares, roots.size)) for _, (part, shares) in sorted(found.items(), key=lambda one: one[0])]
-    return tuple(
-        SiteProfile(part.index, part.operator, part.module, part.kind, share.zeros, share.positions)
-        for part, share in totals
-    )
-
-
-def _ratio(total: Floats, positions: Integers) -> Floats:
-    return np.divide(total, positions, out=np.full(total.size, np.nan), where=positions > 0)
