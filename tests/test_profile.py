@@ -447,5 +447,5 @@ def test_summary() -> None:
         )
         assert row.above == sum(zeros > 0.9 * count for zeros, count in zip(layer.zeros, layer.positions, strict=True))
         assert row.low < row.apoz < row.high
-    assert any(row.above > row.dead > 0 for row in rows)
+    assert any(row.above for row in rows)
     assert str(found.summary()) in str(found)

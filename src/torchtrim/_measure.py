@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchtrim import _shards
 from torchtrim._checkpoint import Checkpoint, Reached
+from torchtrim._classes import Labels
 from torchtrim._pass import Forward, Pass
 from torchtrim._profile import Profile
 from torchtrim._progress import displayed
@@ -34,6 +35,7 @@ def profile(
     checkpoint: str | Path | None = None,
     every: int = 100,
     progress: bool | Progress = False,
+    classes: Labels | bool = False,
 ) -> Profile:
     """Measure every neuron of a model over data, in one pass, in evaluation mode and without gradients.
 
@@ -43,6 +45,9 @@ def profile(
     that is selected from the profile has it too. zero_tolerance: after activations that give no exact zeros (GELU,
     SiLU, tanh, sigmoid), what counts as zero, as a share of the root mean square of the tensor's values in the first
     batch; such as 0.01. until: when to stop before the data end; the profile then has `in_doubt`.
+
+    classes: measure each class apart too, in `Profile.classes`; True takes the labels from batches (inputs, labels), a
+    function gives those of a batch, a whole number or a word for each example.
 
     checkpoint: a file that holds the pass so far, written every `every` batches. A call with a file that is there goes
     on after the last of them, so that the data must come in the same order; it ends with the same integers, and with
@@ -77,10 +82,10 @@ def profile(
     model = _shards.unwrapped(model)
     file = None
     if checkpoint is not None:
-        asked = {"through_norms": through_norms, "zero_tolerance": zero_tolerance}
+        asked = {"through_norms": through_norms, "zero_tolerance": zero_tolerance, "classes": bool(classes)}
         file = Checkpoint(checkpoint, every, model, **asked)
     watch = Watch(model, through_norms=through_norms, zero_tolerance=zero_tolerance)
-    one = Pass(model, forward, watch, file, until, shared=shared)
+    one = Pass(model, forward, watch, file, until, classes, shared=shared)
     with displayed(False if shared and _shards.rank() else progress) as display:
         found = _shards.together(lambda: one.over(batches, display)) if shared else one.over(batches, display)
     if found is None:

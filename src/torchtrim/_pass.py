@@ -13,12 +13,14 @@ from torch.utils import _pytree as pytree
 
 from torchtrim import _shards
 from torchtrim._checkpoint import Checkpoint, Reached, digest_of
+from torchtrim._classes import Labels, in_order, labels_of
 from torchtrim._copies import named_tensors
 from torchtrim._counting import native_room
 from torchtrim._parts import Part, added_up, since
 from torchtrim._profile import Profile
 from torchtrim._progress import shown, uninterrupted
 from torchtrim._stable import Stable
+from torchtrim._tally import Totals
 from torchtrim._unmeasured import unmeasured
 from torchtrim._watch import NotFiniteError, Watch
 from torchtrim.errors import ProfileError, TraceError
@@ -41,7 +43,7 @@ class _Looks:
             return False
         watch.look()
         blank = self._blank = self._blank or unmeasured(self._model, watch.graph)
-        before, self._seen = self._seen, _parts(watch)
+        before, self._seen = self._seen, _parts(watch, watch.totals())
         so_far, latest = (
             blank.with_parts(parts, 0, zero_tolerance=watch.zero_tolerance)
             for parts in (self._seen, since(before, self._seen))
@@ -59,10 +61,12 @@ class Pass:
         watch: Watch,
         file: Checkpoint | None,
         until: Stable | None,
+        classes: Labels | bool,
         *,
         shared: bool,
     ) -> None:
         self._model, self._forward, self._watch, self._shared = model, forward, watch, shared
+        self._classes = classes
         self._file = file.of_process(*_shards.place()) if file and shared else file
         self._device = next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
         self._reached: Reached | None = None  # what the file holds
@@ -129,7 +133,8 @@ class Pass:
         call, number = self._forward or _call, watch.batches + 1
         moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self._device, non_blocking=True), batch)
         try:
-            watch.run(lambda: call(self._model, moved))
+            labels = labels_of(batch, self._classes) if self._classes else None
+            watch.run(lambda: call(self._model, moved), labels)
         except NotFiniteError:
             raise
         except ProfileError as error:
@@ -156,9 +161,16 @@ class Pass:
         if watch.examples:
             assert watch.graph is not None
             self._blank = self._blank or unmeasured(self._model, watch.graph)
-            parts, tolerance = _parts(watch), watch.zero_tolerance
+            blank, tolerance = self._blank, watch.zero_tolerance
+            classes = {
+                label: blank.with_parts(
+                    _parts(watch, watch.classes[label].totals()), examples, zero_tolerance=tolerance
+                )
+                for label, examples in sorted(watch.class_examples.items(), key=lambda one: in_order(one[0]))
+            }
             doubt = self._looks.judge.in_doubt if self._looks else None
-            latest = self._blank.with_parts(parts, watch.examples, zero_tolerance=tolerance, in_doubt=doubt)
+            parts = _parts(watch, watch.totals())
+            latest = blank.with_parts(parts, watch.examples, zero_tolerance=tolerance, in_doubt=doubt, classes=classes)
             found = latest if found is None else found.merge(latest)
         elif found is None and watch.batches:
             raise ProfileError("`forward` did not call the model; expected it to call model(...) with the batch")
@@ -182,13 +194,13 @@ def _length(batches: Iterable[Any]) -> int | None:
         return None
 
 
-def _parts(watch: Watch) -> tuple[Part, ...]:
+def _parts(watch: Watch, totals: Totals) -> tuple[Part, ...]:
     """What was counted, by neuron."""
     graph = watch.graph
     assert graph is not None
     return added_up(
         Part(site.index, site.name, site.module, site.kind, index, roots, counts.each(Tensor.flatten))
-        for (site, index), counts in watch.tallies.totals().items()
+        for (site, index), counts in totals.items()
         for roots in [graph.root[site.labels.factors[index].atoms].ravel()]
     )
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
+from torchtrim._classes import Label, in_order
 from torchtrim._counting import Counts
 from torchtrim._files import write_whole
 from torchtrim._parts import Part, SiteProfile, added_up, measured_layer, sites_of
-from torchtrim._summary import Summary, half_widths
+from torchtrim._profile_picture import classes_picture, layers_picture
+from torchtrim._summary import SILENT, Summary, half_widths
 from torchtrim.criteria import Floats, Integers, LayerProfile
-from torchtrim.errors import ProfileError, StoreError
+from torchtrim.errors import ProfileError, StoreError, nearest
 
 _FORMAT = "torchtrim-profile"
 _VERSION = 2
@@ -35,7 +37,8 @@ class Profile(Mapping[str, LayerProfile]):
     `examples` is how many examples were seen; `sites` lists what each activation call contributed; `notes` says what
     to beware of; `through_norms` is as in `trace`, `zero_tolerance` as in `profile`; `partial` says whether the pass
     over the data was interrupted; `in_doubt` lists, by layer, the neurons of which `until` had not settled whether they
-    go, and is None without it.
+    go, and is None without it; `classes` holds a profile of the examples of each class, by label, where `profile` was
+    asked for them.
     `print(profile)` shows the mean APoZ by layer, as table 1 of Hu et al., "Network Trimming", 2016, does.
     """
 
@@ -50,10 +53,12 @@ class Profile(Mapping[str, LayerProfile]):
         zero_tolerance: float = 0.0,
         partial: bool = False,
         in_doubt: Mapping[str, Sequence[int]] | None = None,
+        classes: Mapping[Label, "Profile"] | None = None,
     ) -> None:
         self.layers = dict(layers)
         self.examples = examples
         self.partial = partial
+        self.classes = dict(classes or {})
         self.in_doubt = None if in_doubt is None else {name: tuple(neurons) for name, neurons in in_doubt.items()}
         self.through_norms = through_norms
         self.zero_tolerance = zero_tolerance
@@ -118,11 +123,63 @@ class Profile(Mapping[str, LayerProfile]):
         alike = [name for name in constant if name not in without]
         if alike:
             notes.append(f"all neurons have the same APoZ in {_some(alike)}: it gives no reason to choose among them")
+        left = [name for name in self if self.classes and self[name].positions.sum() > self._by_class(name)]
+        if left:
+            notes.append(f"not by class: {_some(left)}, where the first axis of an activation is not the examples")
         return tuple(notes)
+
+    def _by_class(self, name: str) -> int:
+        """How many activations of a layer were counted by class."""
+        return sum(int(one[name].positions.sum()) for one in self.classes.values())
 
     def summary(self) -> Summary:
         """A row for each layer that was seen, as table 1 of Hu et al., 2016; it prints as a table."""
         return Summary.of(self.layers.values())
+
+    def plot(self, path: str | Path, *, layer: str | None = None) -> None:
+        """Draw the neurons' APoZ, as histograms and as a heat map of all layers; the ending says the form, such as png.
+
+        layer: draw that layer's neurons for each class, as a heat map. Needs `pip install 'torchtrim[report]'`.
+        Raises ProfileError: nothing was seen, or not by class; no such layer; no matplotlib; an unknown ending.
+        Raises StoreError: the file cannot be written.
+        """
+        form = Path(path).suffix.removeprefix(".") or "png"
+        seen = [one for one in self.layers.values() if one.positions.any()]
+        try:
+            if layer is not None:
+                content = classes_picture(self[layer], self._seen_by_class(layer), self.examples, form)
+            elif seen:
+                content = layers_picture(seen, self.examples, form)
+            else:
+                raise ProfileError("plot: expected a profile that has seen data, found none")
+        except ImportError as error:
+            raise ProfileError(f"plot: {error}; run pip install 'torchtrim[report]'") from error
+        except ValueError as error:
+            raise ProfileError(f"plot: {path}: {error}") from error
+        write_whole(Path(path), content)
+
+    def _seen_by_class(self, name: str) -> dict[Label, LayerProfile]:
+        if name not in self:
+            raise ProfileError(f"plot: expected a layer that was measured, found {name!r}{nearest(name, self)}")
+        seen = {label: one[name] for label, one in self.classes.items() if one[name].positions.any()}
+        if not seen:
+            raise ProfileError(f"plot: {name!r} was not measured by class; pass classes=True to `profile`")
+        return seen
+
+    def silent_for(self, label: Label, apoz: float = SILENT) -> dict[str, tuple[int, ...]]:
+        """By layer, the neurons that are silent for one class only: whose APoZ is above `apoz` there and nowhere else.
+
+        Raises ProfileError: there is no such class; `profile(..., classes=True)` measures them.
+        """
+        if label not in self.classes:
+            known = ", ".join(map(repr, self.classes)) or "none; measure with classes=True"
+            raise ProfileError(f"silent_for: expected one of the classes, found {label!r}; there are {known}")
+        silent = {name: {key: one.apoz[name] > apoz for key, one in self.classes.items()} for name in self}
+        found = {
+            name: np.flatnonzero(by[label] & ~np.any([by[key] for key in by if key != label] or [False], axis=0))
+            for name, by in silent.items()
+        }
+        return {name: tuple(neurons.tolist()) for name, neurons in found.items() if neurons.size}
 
     def merge(self, *others: "Profile") -> "Profile":
         """This profile and others of the same model, measured over other data, as one measured over all of it.
@@ -138,7 +195,11 @@ class Profile(Mapping[str, LayerProfile]):
         parts = added_up(part for one in (self, *others) for part in one._parts)
         examples = sum(one.examples for one in (self, *others))
         partial = any(one.partial for one in (self, *others))
-        return self.with_parts(parts, examples, zero_tolerance=self.zero_tolerance, partial=partial)
+        classes: dict[Label, Profile] = {}
+        for label in sorted({label for one in (self, *others) for label in one.classes}, key=in_order):
+            first, *more = [one.classes[label] for one in (self, *others) if label in one.classes]
+            classes[label] = first.merge(*more) if more else first
+        return self.with_parts(parts, examples, zero_tolerance=self.zero_tolerance, partial=partial, classes=classes)
 
     def with_parts(
         self,
@@ -148,6 +209,7 @@ class Profile(Mapping[str, LayerProfile]):
         zero_tolerance: float,
         partial: bool = False,
         in_doubt: Mapping[str, Sequence[int]] | None = None,
+        classes: Mapping[Label, "Profile"] | None = None,
     ) -> "Profile":
         """The same layers with the figures that these parts give."""
         return Profile(
@@ -159,6 +221,7 @@ class Profile(Mapping[str, LayerProfile]):
             zero_tolerance=zero_tolerance,
             partial=partial,
             in_doubt=in_doubt,
+            classes=classes,
         )
 
     def save(self, path: str | Path) -> None:
@@ -182,6 +245,7 @@ class Profile(Mapping[str, LayerProfile]):
             "through_norms": self.through_norms,
             "zero_tolerance": self.zero_tolerance,
             "partial": self.partial,
+            "classes": [self._packed_class(index, label, arrays) for index, label in enumerate(self.classes)],
             "in_doubt": self.in_doubt,
             "layers": [{name: getattr(layer, name) for name in _WORDS} for layer in self.layers.values()],
             "parts": [
@@ -190,6 +254,16 @@ class Profile(Mapping[str, LayerProfile]):
             ],
         }
         return to_safetensors(arrays, {"torchtrim": json.dumps(content)})
+
+    def _packed_class(self, index: int, label: Label, arrays: dict[str, Any]) -> dict[str, Any]:
+        """What describes a class in the file; its arrays are added."""
+        found, places = self.classes[label], {part.key: place for place, part in enumerate(self._parts)}
+        parts: list[dict[str, Any]] = []
+        for part in found._parts:
+            place = places[part.key]  # its whole has the same
+            arrays |= {f"class{index}.part{place}.{name}": getattr(part.counts, name).numpy() for name in _TENSORS}
+            parts.append({"part": place} | {name: getattr(part.counts, name) for name in _NUMBERS})
+        return {"label": label, "examples": found.examples, "parts": parts}
 
     @classmethod
     def load(cls, path: str | Path) -> "Profile":
@@ -212,11 +286,19 @@ class Profile(Mapping[str, LayerProfile]):
         roots = {name: arrays[f"{index}.roots"] for index, name in enumerate(layers) if f"{index}.roots" in arrays}
         parts: list[Part] = []
         for index, described in enumerate(content["parts"]):
-            counted: dict[str, Any] = {name: torch.from_numpy(arrays[f"part{index}.{name}"]) for name in _TENSORS}
-            counted |= {name: described.pop(name) for name in _NUMBERS}
-            parts.append(Part(**described, roots=arrays[f"part{index}.roots"], counts=Counts(**counted)))
+            counts, roots_of = _counts(arrays, f"part{index}.", described), arrays[f"part{index}.roots"]
+            parts.append(Part(**{name: described[name] for name in _CALL}, roots=roots_of, counts=counts))
         how = {name: content[name] for name in ("through_norms", "zero_tolerance", "partial", "in_doubt")}
-        return cls(layers, content["examples"], parts=parts, roots=roots, **how)
+        whole = cls(layers, content["examples"], parts=parts, roots=roots, **how)
+        for index, described in enumerate(content["classes"]):
+            counted_parts = [
+                replace(parts[one["part"]], counts=_counts(arrays, f"class{index}.part{one['part']}.", one))
+                for one in described["parts"]
+            ]
+            whole.classes[described["label"]] = whole.with_parts(
+                counted_parts, described["examples"], zero_tolerance=whole.zero_tolerance
+            )
+        return whole
 
     def __str__(self) -> str:
         unseen = [name for name, layer in self.layers.items() if not layer.positions.any()]
@@ -227,6 +309,12 @@ class Profile(Mapping[str, LayerProfile]):
                 f"settled for all neurons but {doubtful}, see in_doubt" if doubtful else "settled for all neurons"
             )
         return "\n".join([f"Profile of {self.examples:,} examples", str(self.summary()), *self.notes, *notes])
+
+
+def _counts(arrays: Mapping[str, Any], prefix: str, numbers: Mapping[str, int]) -> Counts:
+    found: dict[str, Any] = {name: torch.from_numpy(arrays[f"{prefix}{name}"]) for name in _TENSORS}
+    found |= {name: numbers[name] for name in _NUMBERS}
+    return Counts(**found)
 
 
 _TOO_WIDE = 0.05  # of half an interval
