@@ -14,6 +14,7 @@ _BINS = np.linspace(0, 100, 41)
 _LAYERS, _LABELS = 60, 40  # shown at most
 _LETTERS = 34  # of a name
 _COLOURS = "Blues"
+_BAR: float = 4.0  # inches that the scale of colours is high at most
 
 
 def layers_picture(layers: Sequence[LayerProfile], examples: int, form: str) -> bytes:
@@ -34,21 +35,19 @@ def layers_picture(layers: Sequence[LayerProfile], examples: int, form: str) -> 
         left.tick_params(axis="y", length=0)
         left.set_xlim(-1, 101)
         left.set_xticks([0, 25, 50, 75, 100])
-        left.set_xlabel("APoZ (%): how many neurons have it; | their mean")
+        left.set_xlabel("APoZ (%) of the neurons, and their mean (line)")
         for row, (layer, values) in enumerate(zip(shown, percent, strict=True)):
-            mesh = _line(right, row, values)
+            _heat(right, np.linspace(0, 100, values.size + 1), np.array([row - 0.4, row + 0.4]), values[None])
             right.text(101.5, row, f"{layer.width:,}", va="center", fontsize=8, color=INK)
         right.text(101.5, -0.62, "neurons", va="bottom", fontsize=8, color=INK)
         right.set_xlim(0, 100)
         right.tick_params(axis="y", length=0)
         right.set_xlabel("neurons of the layer, the most silent last (%)")
-        _finish(figure, (left, right), mesh, title)
+        _finish(figure, (left, right), title)
         return packed(figure, form)
 
 
-def classes_picture(
-    layer: LayerProfile, classes: Mapping[Label, LayerProfile], examples: int, form: str
-) -> bytes:
+def classes_picture(layer: LayerProfile, classes: Mapping[Label, LayerProfile], examples: int, form: str) -> bytes:
     """A row for each class, a column for each neuron of one layer, the most silent over all classes last.
 
     Raises as `layers_picture` does.
@@ -59,22 +58,24 @@ def classes_picture(
     title = f"APoZ of {_short(layer.name)} by class, over {examples:,} examples"
     with canvas(9.6, min(1.8 + 0.24 * max(len(labels), 4), 11.0)) as figure:
         axes = figure.subplots()
-        edges = np.arange(layer.width + 1), np.arange(len(labels) + 1) - 0.5
-        mesh = axes.pcolormesh(*edges, values, cmap=_COLOURS, vmin=0, vmax=100, rasterized=True)
+        _heat(axes, np.arange(layer.width + 1.0), np.arange(-0.5, len(labels)), values)
         axes.set_ylim(len(labels) - 0.5, -0.5)
         ticks = _spread(len(labels), _LABELS)
         axes.set_yticks(ticks, [_short(str(labels[place])) for place in ticks])
         axes.tick_params(axis="y", length=0)
         axes.set_ylabel("class")
         axes.set_xlabel(f"the {layer.width:,} neurons, the most silent over all classes last")
-        _finish(figure, (axes,), mesh, title)
+        _finish(figure, (axes,), title)
         return packed(figure, form)
 
 
-def _finish(figure: Any, panels: Sequence[Any], mesh: Any, title: str) -> None:
+def _finish(figure: Any, panels: Sequence[Any], title: str) -> None:
+    mesh = panels[-1].collections[0]
+    shrink = min(1.0, _BAR / figure.get_figheight())
     for axes in panels:
         axes.spines[["left", "top", "right"]].set_visible(False)
-    bar = figure.colorbar(mesh, ax=panels[-1], location="right", pad=0.11 if len(panels) > 1 else 0.02, aspect=30)
+    bar = figure.colorbar(mesh, ax=panels[-1], location="right", pad=0.11 if len(panels) > 1 else 0.02, aspect=24,
+                          shrink=shrink, anchor=(0, 1))  # fmt: skip
     bar.set_label("APoZ (%)")
     bar.outline.set_visible(False)
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
@@ -90,9 +91,9 @@ def _histogram(axes: Any, row: int, values: Floats) -> None:
     axes.plot([mean, mean], [base, base - 0.8], color=ORANGE, linewidth=1.4)
 
 
-def _line(axes: Any, row: int, values: Floats) -> Any:
-    edges = np.linspace(0, 100, values.size + 1), np.array([row - 0.4, row + 0.4])
-    return axes.pcolormesh(*edges, values[None], cmap=_COLOURS, vmin=0, vmax=100, rasterized=True)
+def _heat(axes: Any, across: Floats, down: Floats, values: Floats) -> None:
+    """Values in per cent [down, across] as colours between these edges."""
+    axes.pcolormesh(across, down, values, cmap=_COLOURS, vmin=0, vmax=100, rasterized=True)
 
 
 def _spread(count: int, most: int) -> list[int]:

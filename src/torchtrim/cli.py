@@ -268,6 +268,16 @@ def profile(
         bool,
         typer.Option("--resume", help="Go on with the interrupted profile in the file --out.", rich_help_panel=_RUN),
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw the neurons' silence there, layer by layer (.png, .pdf).", rich_help_panel=_RUN
+        ),
+    ] = None,
+    per_class: Annotated[
+        bool,
+        typer.Option("--per-class", help="Measure the examples of each class apart too.", rich_help_panel=_RUN),
+    ] = False,
 ) -> None:
     """Measure how often every neuron is silent, and say where to begin trimming."""
     with _reported(_GOES_ON if out else ""):
@@ -288,6 +298,8 @@ def profile(
                 out,
                 through_norms=through_norms,
                 resume=resume,
+                plot=plot,
+                per_class=per_class,
             )
             for part in parts:
                 say(part)
