@@ -209,6 +209,10 @@ def test_a_mistake_in_a_run_is_one_message(small: list[str], arguments: str, exp
         ("small.py:Small --data idx:digits --criterion apos", "unknown criterion 'apos'"),
         ("small.py:Small --data idx:digits --rule x", "unknown rule 'x'"),
         ("small.py:Small --data idx:digits --out none/p", "none/p: expected a place in a directory that exists"),
+        (
+            "small.py:Small --data idx:digits --plot none/a.png",
+            "none/a.png: expected a place in a directory that exists",
+        ),
         ("small.py:Small --data idx:digits --resume", "expected --resume with --out FILE"),
         ("small.py:Small", "Missing option '--data'"),
     ],
@@ -243,6 +247,14 @@ def test_profile_prints_and_writes(small: list[str]) -> None:
     assert "The profile is in profile.safetensors." in result.stdout
     assert max(map(len, result.stdout.splitlines())) < 200
     assert Path("profile.safetensors").is_file()
+
+
+def test_profile_draws_and_tells_classes_apart(small: list[str]) -> None:
+    result = call("profile", *small, "--examples", "30", "--plot", "apoz.png", "--per-class")
+    assert result.exit_code == 0, result.output
+    assert "By class" in result.stdout
+    assert "Drawn: apoz.png, apoz-by-class.png." in result.stdout
+    assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in ("apoz.png", "apoz-by-class.png"))
 
 
 @pytest.mark.filterwarnings("default:partial")

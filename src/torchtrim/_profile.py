@@ -147,7 +147,8 @@ class Profile(Mapping[str, LayerProfile]):
         seen = [one for one in self.layers.values() if one.positions.any()]
         try:
             if layer is not None:
-                content = classes_picture(self[layer], self._seen_by_class(layer), self.examples, form)
+                classes = self._seen_by_class(layer)
+                content = classes_picture(self[layer], classes, self.examples, form)
             elif seen:
                 content = layers_picture(seen, self.examples, form)
             else:
