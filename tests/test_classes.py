@@ -105,6 +105,11 @@ def test_merged_saved_resumed_and_tolerant(tmp_path: Path) -> None:
     np.testing.assert_array_equal(sum(one.zeros["2"] for one in tolerant.classes.values()), tolerant.zeros["2"])
 
 
+def test_only_profiles_that_both_have_classes_are_merged() -> None:
+    with pytest.raises(ProfileError, match="merge: .* found classes in one of them only"):
+        profile(network(), loader()).merge(profile(network(), loader(), classes=True))
+
+
 def test_neurons_silent_for_one_class_only() -> None:
     model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
     with torch.no_grad():

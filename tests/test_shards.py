@@ -78,6 +78,12 @@ def resumed(rank: int, world: int) -> Profile:
     return found
 
 
+def by_class(rank: int, world: int) -> Profile:
+    """Not every process has examples of every class."""
+    data = [(images, [len(images)] * len(images)) for images in shard(rank, world)]
+    return profile(network(), data, classes=True)
+
+
 def alike(rank: int, world: int) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -129,7 +135,7 @@ def another_model(rank: int, world: int) -> str:
     return error_of(lambda: profile(model, shard(rank, world)))
 
 
-WHOLE = (plain, tolerant, one_has_nothing, wrapped, alone, resumed)
+WHOLE = (plain, tolerant, one_has_nothing, wrapped, alone, resumed, by_class)
 SEVERAL = (alike, no_data, fails, fails_at_once, interrupted, another_model)
 
 
@@ -184,6 +190,8 @@ def test_the_whole_is_that_of_a_single_process(done: tuple[int, Path], case: Cal
             for floats in ("mean", "mean_square", "standard_error", "incoming_l1"):
                 np.testing.assert_allclose(getattr(one[name], floats), getattr(layer, floats), rtol=1e-9)
     assert len({(place / f"{case.__name__}-{rank}").read_bytes() for rank in range(world)}) == 1
+    if case is by_class:
+        assert {label: one.examples for label, one in found[0].classes.items()} == {3: 3, 4: 16}
     if case is resumed:
         assert Profile.load(place / "pass").examples == 19
     if case in (tolerant, resumed):

@@ -331,6 +331,8 @@ def difference(one: Profile, other: Profile) -> str:
         return "one that was not measured"
     if list(one) != list(other):
         return "other layers"
+    if bool(one.classes) != bool(other.classes):
+        return "classes in one of them only"
     for name, layer in one.items():
         theirs = other[name]
         if layer.locked != theirs.locked or not np.array_equal(one._roots[name], other._roots[name]):
