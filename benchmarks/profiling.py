@@ -4,6 +4,7 @@ import argparse
 import os
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.paper.common import table
 from torchtrim._counting import native_room
@@ -66,7 +69,8 @@ and counts at the end. They count the modules' ReLUs, and no moments; ours takes
 
 {"".join(parts)}
 A copy reads and writes {copy_speed(options.device):.0f} GB/s here, reading and writing counted. GB/s of counting is
-what was counted over the time beyond the bare pass, where that is more than the pairs' spread.
+what was counted over the time beyond the bare pass, where that is more than the pairs' spread. Peak memory is that of
+tensors, weights and images included.
 
 Measured by `{command}` with PyTorch {torch.__version__.partition("+")[0]} on {where}.
 """
@@ -94,15 +98,16 @@ def measured(name: str, options: argparse.Namespace) -> str:
     for label, way in ways(model, images, count, options.device):
         with way as run:
             pairs = in_turns(bare, run, options)
+            more = peak_bytes(run, model, images) / peak_bytes(bare, model, images) - 1
         ratios = [ours / alone for alone, ours in pairs]
         extra = statistics.median(ours - alone for alone, ours in pairs)
         spread = statistics.stdev(alone for alone, _ in pairs) if len(pairs) > 1 else 0
         speed = f"{read / extra / 1e9:.1f}" if extra > max(spread, 0) else "–"
         alone = statistics.median(alone for alone, _ in pairs)
         rows.append([label, f"{alone:.3f}", f"{statistics.median(ratios):.3f}",
-                     f"({min(ratios):.3f}–{max(ratios):.3f})", speed])  # fmt: skip
+                     f"({min(ratios):.3f}–{max(ratios):.3f})", speed, f"{100 * more:.2f} %"])  # fmt: skip
         print(name, *rows[-1], flush=True)
-    head = ["way", "bare, s", "× bare", "range", "GB/s"]
+    head = ["way", "bare, s", "× bare", "range", "GB/s", "peak memory above bare"]
     batches = f", {count} batches" if count > 1 else ""
     return f"## {name}, batch {batch}{batches}: {read / 1e9:.2f} GB counted\n\n{table(head, rows)}\n"
 
@@ -124,6 +129,48 @@ def in_turns(bare: Run, run: Run, options: argparse.Namespace) -> list[tuple[flo
     for work in (bare, run, bare, run):
         seconds(work)
     return [(seconds(bare), seconds(run)) for _ in range(options.repeats)]
+
+
+# ------------------------------------------------------------------ memory
+
+
+class Storages(TorchDispatchMode):
+    """Adds up the bytes of what operators allocate, as long as it lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._live = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self._live += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self._live)
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size
+
+
+def peak_bytes(run: Run, model: nn.Module, images: Tensor) -> int:
+    """The most bytes of tensors that are alive at once while it runs, the model's and the images' included."""
+    if images.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    given = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in [
+        images, *model.parameters(), *model.buffers()]}  # fmt: skip
+    with Storages() as storages:
+        run()
+    return storages.peak + sum(given.values())
 
 
 # ------------------------------------------------------------------ ways to count

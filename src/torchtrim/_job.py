@@ -28,16 +28,17 @@ from torchtrim._data import batches
 from torchtrim._files import write_whole
 from torchtrim._graph import trace
 from torchtrim._loop import Progressive, Round, Stop, iterate
-from torchtrim._measure import profile, unmeasured
+from torchtrim._measure import profile
 from torchtrim._picture import picture
 from torchtrim._profile import Profile
 from torchtrim._reconstruction import reconstruction
-from torchtrim._report import Ancestor, RoundTable, advice, profile_table, says_nothing
+from torchtrim._report import Ancestor, RoundTable, advice, classes_table, profile_table, says_nothing
 from torchtrim._run_directory import RunDirectory
 from torchtrim._select import MeanPlusStd, Rule, check_layers
 from torchtrim._settings import Settings
 from torchtrim._source import Opened, Source, open_source
 from torchtrim._training import Training, evaluate, shown, train
+from torchtrim._unmeasured import unmeasured
 from torchtrim.errors import ModelError, StoreError, TorchtrimWarning
 
 LATENCY_BATCH = 32  # inputs of the batch whose latency is measured
@@ -55,14 +56,23 @@ def silence(
     out: Path | None,
     *,
     through_norms: bool = False,
+    resume: bool = False,
+    plot: Path | None = None,
+    per_class: bool = False,
 ) -> Iterator[Any]:
     """Measure a model over the calibration data, and keep the profile in the file `out`; yields what to print.
 
-    `reading` says how the data are read. Raises TorchtrimError, before any work if what is asked cannot be done.
+    `reading` says how the data are read. With `resume`, an interrupted pass goes on from what the file holds. `plot`:
+    where pictures go.
+    Raises TorchtrimError, before any work if what is asked cannot be done; KeyboardInterrupt at the end where one came.
     """
     criteria.resolve(criterion)
+    if resume and out is None:
+        raise StoreError("expected --resume with --out FILE, the file of the pass that goes on; found it alone")
     if out is not None:
         _check_profile_file(out)
+    if plot is not None:
+        _check_place(plot, "--plot")
     opened = open_source(source, through_norms=through_norms)
     check_layers(unmeasured(opened.model, opened.graph), None)
     if source.untrained:
@@ -72,25 +82,52 @@ def silence(
             stacklevel=2,
         )
     loader = batches(opened.data.calibration, reading.batch_size, workers=reading.workers)
-    measured = profile(opened.model, _Watched(loader, progress, "measuring"), through_norms=through_norms)
+    if out is not None and not resume:
+        out.unlink(missing_ok=True)
+    measured = profile(
+        opened.model, loader, through_norms=through_norms, checkpoint=out, progress=progress, classes=per_class
+    )
     function = criteria.resolve(criterion)
     if function is criteria.reconstruction:
-        function = reconstruction(opened.model, opened.graph, _Watched(loader, progress, "measuring"))
+        watched = _Watched(loader, progress, "measuring")
+        function = criteria.apoz if measured.partial else reconstruction(opened.model, opened.graph, watched)
     yield profile_table(measured, rule, function)
+    if per_class:
+        yield classes_table(measured)
     yield "\n".join(advice(measured, rule, function))
     if out is not None:
-        measured.save(out)
         yield f"The profile is in {short(out)}."
+    if plot is not None:
+        yield f"Drawn: {', '.join(short(place) for place in _plotted(measured, plot))}."
+    if measured.partial:
+        raise KeyboardInterrupt
     yield f"Next: {_next_run(source, measured, rule, criterion)}"
 
 
+def _plotted(measured: Profile, plot: Path) -> Iterator[Path]:
+    """Draw what was measured, by class too where it was: of the layer to begin with."""
+    measured.plot(plot)
+    yield plot
+    first = [name for name in Progressive(1).choose(measured, ()) if measured.classes]
+    for name in first:
+        place = plot.with_name(f"{plot.stem}-by-class{plot.suffix}")
+        measured.plot(place, layer=name)
+        yield place
+
+
 def _check_profile_file(out: Path) -> None:
-    if out.is_dir():
-        raise StoreError(f"{out}: expected a file to write the profile into, found a directory; add a name to --out")
+    _check_place(out, "--out")
     if out.exists():
         Profile.load(out)  # anything else is not ours to replace
-    elif not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise StoreError(f"{out}: expected a place in a directory that exists and can be written; choose another --out")
+
+
+def _check_place(path: Path, option: str) -> None:
+    if path.is_dir():
+        raise StoreError(f"{path}: expected a file to write into, found a directory; add a name to {option}")
+    if not path.exists() and (not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise StoreError(
+            f"{path}: expected a place in a directory that exists and can be written; choose another {option}"
+        )
 
 
 def _next_run(source: Source, measured: Profile, rule: Rule, criterion: str) -> str:

@@ -19,13 +19,15 @@ from torchtrim import criteria
 from torchtrim._cost import Cost, measure_beside
 from torchtrim._graph import trace
 from torchtrim._history import history
-from torchtrim._measure import Forward, profile, unmeasured
+from torchtrim._measure import profile
+from torchtrim._pass import Forward
 from torchtrim._plan import Plan
 from torchtrim._profile import Profile
 from torchtrim._reconstruction import reconstruction
 from torchtrim._repair import Ways, checked_ways, repair
 from torchtrim._select import Rule, check_layers, resolve_rule, select
 from torchtrim._surgery import trim
+from torchtrim._unmeasured import unmeasured
 from torchtrim.criteria import Criterion
 from torchtrim.errors import TorchtrimError
 
@@ -226,6 +228,8 @@ def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Sett
     clock = _Clock()
     with clock("profile"):
         measured = profile(model, settings.batches, settings.forward, through_norms=settings.through_norms)
+        if measured.partial:
+            raise KeyboardInterrupt
     with clock("select"):
         if all(layer.locked for layer in measured.values()):
             return None

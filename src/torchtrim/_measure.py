@@ -5,26 +5,22 @@ however often they are called. Every site's counts go to the neurons whose label
 """
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from torchtrim._copies import named_tensors
-from torchtrim._counting import native_room
-from torchtrim._neurons import NeuronGraph
-from torchtrim._profile import Part, Profile, added_up, since
+from torchtrim import _shards
+from torchtrim._checkpoint import Checkpoint, Reached
+from torchtrim._classes import Labels
+from torchtrim._pass import Forward, Pass
+from torchtrim._profile import Profile
+from torchtrim._progress import displayed
 from torchtrim._stable import Stable
-from torchtrim._watch import NotFiniteError, Watch
-from torchtrim.criteria import Floats, LayerProfile
-from torchtrim.errors import ProfileError, TorchtrimWarning, TraceError
-
-Forward = Callable[[nn.Module, Any], Any]
+from torchtrim._watch import Watch
+from torchtrim.errors import ProfileError, TorchtrimWarning
 
 
 def profile(
@@ -35,6 +31,11 @@ def profile(
     through_norms: bool = False,
     zero_tolerance: float = 0.0,
     until: Stable | None = None,
+    sharded: bool = True,
+    checkpoint: str | Path | None = None,
+    every: int = 100,
+    progress: bool | Progress = False,
+    classes: Labels | bool = False,
 ) -> Profile:
     """Measure every neuron of a model over data, in one pass, in evaluation mode and without gradients.
 
@@ -45,12 +46,28 @@ def profile(
     SiLU, tanh, sigmoid), what counts as zero, as a share of the root mean square of the tensor's values in the first
     batch; such as 0.01. until: when to stop before the data end; the profile then has `in_doubt`.
 
+    classes: measure each class apart too, in `Profile.classes`; True takes the labels from batches (inputs, labels), a
+    function gives those of a batch, a whole number or a word for each example.
+
+    checkpoint: a file that holds the pass so far, written every `every` batches. A call with a file that is there goes
+    on after the last of them, so that the data must come in the same order; it ends with the same integers, and with
+    the same bits where the batches between two writes are the same. The file of a pass that ended is its profile, which
+    a further call returns at once; delete it to measure anew. progress: whether to show a line in the terminal, or the
+    display to show it in. An interrupt (Ctrl-C) ends the pass with the batches counted so far and marks the profile
+    `partial`; without any it goes on as KeyboardInterrupt.
+
+    In a process group of several processes (`torchrun`, `accelerate launch`) each gives its shard of the data, which
+    may be empty, and gets the profile of all shards, equal to the last bit; sharded=False measures each on its own. A
+    first batch is that of the first process that has one. Each keeps a checkpoint of its own, with its number at the
+    end of the name; an interrupt of one is an error of all. A model in DistributedDataParallel is measured without it.
+
     A `TorchtrimWarning` says where the figures are uncertain or say little. The first axis of the first input is taken
     for the examples; every APoZ has a standard error, in which what happens within an example is one observation.
 
     The model is left as it was found: modes, gradients, hooks and random state.
     Raises ProfileError: no batches, a batch that does not fit the model, an activation that is NaN or infinite; the
-    message names the batch, and the layer where there is one.
+    message names the batch, and the layer where there is one; and the process, on all of them. Raises StoreError: a
+    checkpoint of another model, asked otherwise, or of other data; a file that cannot be written.
     """
     if isinstance(batches, Tensor):
         raise ProfileError(
@@ -58,159 +75,23 @@ def profile(
         )
     if not 0 <= zero_tolerance < float("inf"):
         raise ProfileError(f"zero_tolerance: expected a share of the root mean square, found {zero_tolerance!r}")
-    device = next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
-    native_room(device.type)  # a way to count that is asked for and missing is known before the first batch
-    call = forward or _call
-    looks = _Looks(model, until) if until else None
+    shared = sharded and _shards.several()
+    if until and (shared or checkpoint is not None):
+        other = "several processes that share a pass; pass sharded=False" if shared else "a checkpoint; leave one out"
+        raise ProfileError(f"until: expected one pass from beginning to end, found {other}")
+    model = _shards.unwrapped(model)
+    file = None
+    if checkpoint is not None:
+        asked = {"through_norms": through_norms, "zero_tolerance": zero_tolerance, "classes": bool(classes)}
+        file = Checkpoint(checkpoint, every, model, **asked)
     watch = Watch(model, through_norms=through_norms, zero_tolerance=zero_tolerance)
-    number = 0
-    with _as_found(model, device):
-        for number, batch in enumerate(batches, 1):
-            moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
-            try:
-                watch.run(partial(call, model, moved))
-            except NotFiniteError:
-                raise
-            except ProfileError as error:
-                raise ProfileError(f"batch {number}: {error}") from error
-            except TraceError as error:
-                otherwise = "" if forward else " To call it otherwise, pass forward=lambda model, batch: ..."
-                raise ProfileError(f"batch {number}: {error}{otherwise}") from error
-            if looks and looks.enough(watch):
-                break
-        watch.look()
-    if watch.graph is None:
-        raise ProfileError(
-            "`forward` did not call the model; expected it to call model(...) with the batch"
-            if number and forward
-            else "expected at least one batch, found none; look at what the loader yields"
-        )
-    found = unmeasured(model, watch.graph).with_parts(
-        _parts(watch),
-        watch.examples,
-        zero_tolerance=zero_tolerance,
-        in_doubt=looks.judge.in_doubt if looks else None,
-    )
+    one = Pass(model, forward, watch, file, until, classes, shared=shared)
+    with displayed(False if shared and _shards.rank() else progress) as display:
+        found = _shards.together(lambda: one.over(batches, display)) if shared else one.over(batches, display)
+    if found is None:
+        raise ProfileError("expected at least one batch, found none; look at what the loader yields")
+    if file and shared and not _shards.rank():
+        file.write(Reached(found, 0, (0, ""), watch.limits))
     for note in found.notes:
         warnings.warn(note, TorchtrimWarning, stacklevel=2)
     return found
-
-
-class _Looks:
-    """Shows a pass over data to `until` every now and then."""
-
-    def __init__(self, model: nn.Module, until: Stable) -> None:
-        self.judge = until.begin()
-        self._model, self._every = model, until.every
-        self._blank: Profile | None = None
-        self._seen: tuple[Part, ...] = ()
-
-    def enough(self, watch: Watch) -> bool:
-        """Whether the pass may end."""
-        if watch.batches % self._every or watch.graph is None:
-            return False
-        watch.look()
-        blank = self._blank = self._blank or unmeasured(self._model, watch.graph)
-        before, self._seen = self._seen, _parts(watch)
-        so_far, latest = (
-            blank.with_parts(parts, 0, zero_tolerance=watch.zero_tolerance)
-            for parts in (self._seen, since(before, self._seen))
-        )
-        return self.judge.look(so_far, latest)
-
-
-def unmeasured(model: nn.Module, graph: NeuronGraph) -> Profile:
-    """The profile of a model that has seen no data: its layers, groups, locks and norms of weights."""
-    incoming, outgoing = _incoming(model, graph), _outgoing(model, graph)
-    layers = {
-        name: LayerProfile.unmeasured(
-            name,
-            incoming_l1=incoming[name][0],
-            incoming_l2=incoming[name][1],
-            outgoing_l1=outgoing[0][layer.roots],
-            outgoing_l2=outgoing[1][layer.roots],
-            unit=np.where(layer.removable, layer.roots, -1),
-            group=layer.group,
-            locked=layer.locked,
-        )
-        for name, layer in graph.layers.items()
-    }
-    roots = {name: layer.roots for name, layer in graph.layers.items()}
-    return Profile(layers, 0, roots=roots, through_norms=graph.through_norms)
-
-
-def _parts(watch: Watch) -> tuple[Part, ...]:
-    """What was counted, by neuron."""
-    graph = watch.graph
-    assert graph is not None
-    return added_up(
-        Part(site.index, site.name, site.module, site.kind, index, roots, counts.each(Tensor.flatten))
-        for (site, index), counts in watch.tallies.totals().items()
-        for roots in [graph.root[site.labels.factors[index].atoms].ravel()]
-    )
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-@contextmanager
-def _as_found(model: nn.Module, device: torch.device) -> Generator[None]:
-    """Evaluation mode inside; modes and random state are as before at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            model.eval()
-            torch.backends.mha.set_fastpath_enabled(False)  # it would hide the activations of a transformer layer
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-            for module, mode in modes:
-                module.training = mode
-
-
-# ------------------------------------------------------------------ the weights into and out of neurons
-
-
-def _incoming(model: nn.Module, graph: NeuronGraph) -> dict[str, tuple[Floats, Floats]]:
-    """L1 and L2 norm of the weights that produce each neuron: float64 [neurons]."""
-    weights = _weights(model)
-    return {
-        name: (_norms(weights[layer.parameter], layer.axis, 1), _norms(weights[layer.parameter], layer.axis, 2))
-        for name, layer in graph.layers.items()
-    }
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, without the connections that `torch.nn.utils.prune` has taken out."""
-    buffers = dict(model.named_buffers())
-    masks = {name: f"{name.removesuffix('_orig')}_mask" for name, _ in model.named_parameters()}
-    return {
-        name: parameter * buffers[masks[name]] if masks[name] in buffers else parameter
-        for name, parameter in named_tensors(model).items()
-        if isinstance(parameter, nn.Parameter)
-    }
-
-
-def _outgoing(model: nn.Module, graph: NeuronGraph) -> tuple[Floats, Floats]:
-    """L1 and L2 norm of the weights that read each root: float64 [roots]."""
-    first, second = np.zeros((2, len(graph.root)))
-    producing = {(layer.parameter, layer.axis) for layer in graph.layers.values()}
-    for name, parameter in _weights(model).items():
-        for axis, roots in enumerate(graph.axes[name] if parameter.ndim > 1 else ()):
-            if (name, axis) not in producing and roots.size > 1:
-                np.add.at(first, roots, _norms(parameter, axis, 1))
-                np.add.at(second, roots, _norms(parameter, axis, 2) ** 2)
-    return first, np.sqrt(second)
-
-
-def _norms(weight: Tensor, axis: int, order: int) -> Floats:
-    """The norm of each slice along an axis: float64 [slices], summed in single precision at least."""
-    others = [other for other in range(weight.ndim) if other != axis]
-    values = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
-    powers = values.abs() if order == 1 else values.square()
-    sums = (powers.sum(others) if others else powers).double().cpu().numpy()
-    return sums if order == 1 else np.sqrt(sums)

@@ -1,6 +1,5 @@
 """The picture of a run: which neurons were silent and went, round by round, and what that did to the accuracy."""
 
-import io
 import math
 import warnings
 from collections.abc import Sequence
@@ -9,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from torchtrim import criteria
+from torchtrim._drawing import BLUE, FAINT, INK, ORANGE, canvas, packed
 from torchtrim._loop import Round
 from torchtrim._select import MeanPlusStd, Rule, Threshold
 from torchtrim.criteria import Criterion, Floats, LayerProfile
 from torchtrim.errors import TorchtrimWarning
 
-_KEPT, _REMOVED, _INK, _FAINT = "#4477aa", "#ee7733", "#333333", "#999999"  # told apart by all kinds of eyes
+_KEPT, _REMOVED = BLUE, ORANGE
 _BEHIND = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
 _BINS = np.linspace(0, 100, 41)
 _LAYERS, _ROUNDS = 6, 8  # shown at most
@@ -37,36 +37,26 @@ def picture(
     """
     if not rounds:
         return None
+    layers = _most_trimmed(rounds)
+    shown = _spread(rounds, _ROUNDS)
+    across = min(_ACROSS, max(1, len(layers)))
+    down = max(1, math.ceil(len(layers) / across))
     try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        with canvas(2.9 * across + 5.2, max(4.2, down * (1.3 + 0.55 * len(shown)))) as figure:
+            left, right = figure.subfigures(1, 2, width_ratios=(2.9 * across, 5.2))
+            _silence(left, shown, layers, across, down, _limits(rule, criterion))
+            axes = right.subplots()
+            _accuracy(axes, rounds, ancestor_accuracy)
+            handles = axes.get_legend_handles_labels()
+            right.legend(*handles, loc="outside upper left", ncols=3, frameon=False, fontsize=8.5)
+            if title:
+                figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+            return packed(figure)
     except ImportError as error:
         warnings.warn(
             f"no picture was drawn: {error}; run pip install 'torchtrim[report]'", TorchtrimWarning, stacklevel=2
         )
         return None
-    layers = _most_trimmed(rounds)
-    shown = _spread(rounds, _ROUNDS)
-    across = min(_ACROSS, max(1, len(layers)))
-    down = max(1, math.ceil(len(layers) / across))
-    style: Any = {"font.size": 9, "axes.edgecolor": _FAINT, "text.color": _INK, "axes.labelcolor": _INK}
-    with mpl.rc_context(style):
-        figure: Any = Figure(
-            figsize=(2.9 * across + 5.2, max(4.2, down * (1.3 + 0.55 * len(shown)))), layout="constrained"
-        )
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06, rect=(0, 0, 0.99, 1))
-        FigureCanvasAgg(figure)
-        left, right = figure.subfigures(1, 2, width_ratios=(2.9 * across, 5.2))
-        _silence(left, shown, layers, across, down, _limits(rule, criterion))
-        axes = right.subplots()
-        _accuracy(axes, rounds, ancestor_accuracy)
-        right.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=8.5)
-        if title:
-            figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=160, facecolor="white")
-    return file.getvalue()
 
 
 def _most_trimmed(rounds: Sequence[Round]) -> list[str]:
@@ -106,7 +96,7 @@ def _silence(panel: Any, rounds: Sequence[Round], layers: Sequence[str], across:
     """A ridge of histograms for each layer, one above another as the rounds go down."""
     grid = panel.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
     if not layers:
-        panel.text(0.5, 0.5, "no activation of the trimmed\nlayers was observed", ha="center", color=_FAINT)
+        panel.text(0.5, 0.5, "no activation of the trimmed\nlayers was observed", ha="center", color=FAINT)
     heights = [h.max() for name in layers for done in rounds for h in _shares(done, name)[:1]]
     scale = 0.74 / (max(heights, default=0) or 1)
     for axes, name in zip(grid, layers, strict=False):
@@ -132,13 +122,13 @@ def _ridge(axes: Any, done: Round, name: str, base: float, scale: float, limit: 
     bottom = np.full(kept.size, base)
     axes.stairs(base + scale * both, _BINS, baseline=base + scale * kept, fill=True, color=_REMOVED, linewidth=0)
     axes.stairs(base + scale * kept, _BINS, baseline=bottom, fill=True, color=_KEPT, linewidth=0)
-    axes.axhline(base, color=_FAINT, linewidth=0.6)
+    axes.axhline(base, color=FAINT, linewidth=0.6)
     above = limit(layer) if name in done.plan.removed else None
     if above is not None and above <= 100:
-        axes.plot([above, above], [base, base + 0.78], color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+        axes.plot([above, above], [base, base + 0.78], color=INK, linewidth=1, linestyle=(0, (3, 2)))
     plan = done.plan.layers.get(name)
     change = f"{layer.width} → {plan.remaining}" if plan and plan.removed else f"{layer.width}"
-    axes.text(1.5, base + 0.92, change, fontsize=8, va="top", color=_INK)
+    axes.text(1.5, base + 0.92, change, fontsize=8, va="top", color=INK)
 
 
 def _shares(done: Round, name: str) -> tuple[Floats, Floats]:
@@ -159,7 +149,7 @@ def _legend() -> list[Any]:
     return [
         Patch(color=_KEPT, label="neurons that stay"),
         Patch(color=_REMOVED, label="neurons removed"),
-        Line2D([], [], color=_INK, linewidth=1, linestyle=(0, (3, 2)), label="the rule's limit"),
+        Line2D([], [], color=INK, linewidth=1, linestyle=(0, (3, 2)), label="the rule's limit"),
     ]
 
 
@@ -172,7 +162,7 @@ def _accuracy(axes: Any, rounds: Sequence[Round], ancestor: float) -> None:
     compression = [done.compression for done in rounds]
     trimmed, retrained = [accuracy.trimmed for accuracy in told], [accuracy.retrained for accuracy in told]
     axes.set_yscale("function", functions=(_opened, lambda z: 100.1 - 10.0**-z))
-    axes.axhline(ancestor, color=_FAINT, linewidth=1.2, linestyle=(0, (4, 3)), label=f"ancestor, {ancestor:.2f} %")
+    axes.axhline(ancestor, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), label=f"ancestor, {ancestor:.2f} %")
     axes.plot(compression, trimmed, "s--", color=_REMOVED, markerfacecolor="white", label="before retraining")
     axes.plot([1, *compression], [ancestor, *retrained], "o-", color=_KEPT, label="after retraining")
     for x, low, high in zip(compression, trimmed, retrained, strict=True):

@@ -2,21 +2,24 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property, reduce
+from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
-from torchtrim._activations import KINDS, Kind
+from torchtrim._classes import Label, in_order
 from torchtrim._counting import Counts
 from torchtrim._files import write_whole
+from torchtrim._parts import Part, SiteProfile, added_up, measured_layer, sites_of
+from torchtrim._profile_picture import classes_picture, layers_picture
+from torchtrim._summary import SILENT, Summary, half_widths
 from torchtrim.criteria import Floats, Integers, LayerProfile
-from torchtrim.errors import ProfileError, StoreError
+from torchtrim.errors import ProfileError, StoreError, nearest
 
 _FORMAT = "torchtrim-profile"
 _VERSION = 2
@@ -27,110 +30,15 @@ _TENSORS = ("zeros", "total", "square", "nonzero_square", "nonzero_positions")
 _NUMBERS = ("positions", "positions_square", "examples")
 
 
-@dataclass(frozen=True, eq=False)
-class SiteProfile:
-    """What one activation call contributed to a layer; zeros, positions: int64 [neurons].
-
-    index: the how-manieth activation call of a forward pass. operator, module: what was called, and where.
-    kind: "rectifier" (ReLU and its kin, which give exact zeros), "smooth" or "gate".
-    """
-
-    index: int
-    operator: str
-    module: str
-    kind: Kind
-    zeros: Integers
-    positions: Integers
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """What one activation call counted, entry by entry: of a channel, or of each of its positions behind a flatten.
-
-    factor: which of the labels of its tensor. roots: int64 [entries], the neuron of each. counts: tensors [entries].
-    """
-
-    index: int
-    operator: str
-    module: str
-    kind: Kind
-    factor: int
-    roots: Integers
-    counts: Counts
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for parts that can be added up."""
-        return self.index, self.operator, self.module, self.kind, self.factor, self.roots.tobytes()
-
-    @cached_property
-    def _unique(self) -> tuple[Any, Any]:
-        return np.unique(self.roots, return_inverse=True)
-
-    @cached_property
-    def _share(self) -> "_Share":
-        counts = self.counts
-        zeros, total, square = (one.numpy() for one in (counts.zeros, counts.total, counts.square))
-        positions = np.full(zeros.size, counts.positions)
-        return _Share(zeros, positions, total, square, _deviation(counts), np.full(zeros.size, counts.examples))
-
-    def of(self, roots: Integers) -> "_Share | None":
-        """What was counted of a layer's neurons; None if it has none here."""
-        if np.array_equal(self.roots, roots):
-            return self._share  # neurons that only go together still keep counts of their own
-        unique, inverse = self._unique
-        place = np.searchsorted(unique, roots).clip(max=unique.size - 1)
-        here = (unique[place] == roots) & (roots > 0)
-        if not here.any():
-            return None
-        gathered: list[Any] = []
-        for name, array in self._share._asdict().items():
-            sums = np.zeros(unique.size, array.dtype)
-            (np.maximum if name == "examples" else np.add).at(sums, inverse, array)
-            gathered.append(np.where(here, sums[place], 0))
-        return _Share(*gathered)
-
-
-def _deviation(counts: Counts) -> Floats:
-    """How far the zeros of an entry are from their share of its positions, example by example: float64 [entries].
-
-    The root of the sum over examples of (zeros - share · positions)², times examples / (examples - 1). Over all
-    positions it is the standard error of the share, a ratio of sums over examples (Cochran, "Sampling Techniques",
-    1977, equation 6.13). Infinite of one example.
-    """
-    if counts.examples < 2:
-        return np.full(counts.zeros.numel(), np.inf)
-    share = 1 - counts.zeros.double() / counts.positions  # of what is not zero, which deviates as much
-    squares = counts.nonzero_square - 2 * share * counts.nonzero_positions + share.square() * counts.positions_square
-    return (squares.clamp_min(0) * (counts.examples / (counts.examples - 1))).sqrt().numpy()
-
-
-class _Share(NamedTuple):
-    """The counts of some neurons: int64 or float64, [neurons] each.
-
-    Deviations add up as if they all went the same way, so that the standard error of a neuron with several entries or
-    sites is an upper bound.
-    """
-
-    zeros: Integers
-    positions: Integers
-    total: Floats
-    square: Floats
-    deviation: Floats
-    examples: Integers
-
-    def plus(self, other: "_Share") -> "_Share":
-        sums: list[Any] = [mine + theirs for mine, theirs in zip(self, other, strict=True)]
-        return _Share(*sums)._replace(examples=np.maximum(self.examples, other.examples))
-
-
 class Profile(Mapping[str, LayerProfile]):
     """What was measured of a model: a `LayerProfile` for each layer, in the order of execution.
 
     `zeros`, `positions`, `apoz`, `standard_error` and `mean` hold one array per layer with one entry per neuron;
     `examples` is how many examples were seen; `sites` lists what each activation call contributed; `notes` says what
-    to beware of; `through_norms` is as in `trace`, `zero_tolerance` as in `profile`; `in_doubt` lists, by layer, the
-    neurons of which `until` had not settled whether they go, and is None without it.
+    to beware of; `through_norms` is as in `trace`, `zero_tolerance` as in `profile`; `partial` says whether the pass
+    over the data was interrupted; `in_doubt` lists, by layer, the neurons of which `until` had not settled whether they
+    go, and is None without it; `classes` holds a profile of the examples of each class, by label, where `profile` was
+    asked for them.
     `print(profile)` shows the mean APoZ by layer, as table 1 of Hu et al., "Network Trimming", 2016, does.
     """
 
@@ -143,10 +51,14 @@ class Profile(Mapping[str, LayerProfile]):
         roots: Mapping[str, Integers] | None = None,
         through_norms: bool = False,
         zero_tolerance: float = 0.0,
+        partial: bool = False,
         in_doubt: Mapping[str, Sequence[int]] | None = None,
+        classes: Mapping[Label, "Profile"] | None = None,
     ) -> None:
         self.layers = dict(layers)
         self.examples = examples
+        self.partial = partial
+        self.classes = dict(classes or {})
         self.in_doubt = None if in_doubt is None else {name: tuple(neurons) for name, neurons in in_doubt.items()}
         self.through_norms = through_norms
         self.zero_tolerance = zero_tolerance
@@ -188,15 +100,17 @@ class Profile(Mapping[str, LayerProfile]):
 
     @cached_property
     def sites(self) -> dict[str, tuple[SiteProfile, ...]]:
-        return {name: _sites(self._parts, self._roots[name]) if self._roots else () for name in self.layers}
+        return {name: sites_of(self._parts, self._roots[name]) if self._roots else () for name in self.layers}
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What to beware of: figures that are uncertain, and figures that say little."""
         seen = [layer for layer in self.layers.values() if layer.positions.any()]
-        typical = float(np.median(np.concatenate([[0.0], *map(_half_widths, seen)])))
+        typical = float(np.median(np.concatenate([[0.0], *map(half_widths, seen)])))
         notes = [f"few examples: half of the neurons' APoZ is known to ± {100 * typical:.1f} % or worse; measure more"]
         notes = notes if typical > _TOO_WIDE else []
+        if self.partial:
+            notes.insert(0, f"partial: measuring was interrupted after {self.examples:,} examples")
         constant = [layer.name for layer in seen if layer.width > 1 and np.ptp(layer.apoz) == 0]
         without = [name for name in constant if not self[name].zeros.any()]
         if without:
@@ -209,7 +123,64 @@ class Profile(Mapping[str, LayerProfile]):
         alike = [name for name in constant if name not in without]
         if alike:
             notes.append(f"all neurons have the same APoZ in {_some(alike)}: it gives no reason to choose among them")
+        left = [name for name in self if self.classes and self[name].positions.sum() > self._by_class(name)]
+        if left:
+            notes.append(f"not by class: {_some(left)}, where the first axis of an activation is not the examples")
         return tuple(notes)
+
+    def _by_class(self, name: str) -> int:
+        """How many activations of a layer were counted by class."""
+        return sum(int(one[name].positions.sum()) for one in self.classes.values())
+
+    def summary(self) -> Summary:
+        """A row for each layer that was seen, as table 1 of Hu et al., 2016; it prints as a table."""
+        return Summary.of(self.layers.values())
+
+    def plot(self, path: str | Path, *, layer: str | None = None) -> None:
+        """Draw the neurons' APoZ, as histograms and as a heat map of all layers; the ending says the form, such as png.
+
+        layer: draw that layer's neurons for each class, as a heat map. Needs `pip install 'torchtrim[report]'`.
+        Raises ProfileError: nothing was seen, or not by class; no such layer; no matplotlib; an unknown ending.
+        Raises StoreError: the file cannot be written.
+        """
+        form = Path(path).suffix.removeprefix(".") or "png"
+        seen = [one for one in self.layers.values() if one.positions.any()]
+        try:
+            if layer is not None:
+                classes = self._seen_by_class(layer)
+                content = classes_picture(self[layer], classes, self.examples, form)
+            elif seen:
+                content = layers_picture(seen, self.examples, form)
+            else:
+                raise ProfileError("plot: expected a profile that has seen data, found none")
+        except ImportError as error:
+            raise ProfileError(f"plot: {error}; run pip install 'torchtrim[report]'") from error
+        except ValueError as error:
+            raise ProfileError(f"plot: {path}: {error}") from error
+        write_whole(Path(path), content)
+
+    def _seen_by_class(self, name: str) -> dict[Label, LayerProfile]:
+        if name not in self:
+            raise ProfileError(f"plot: expected a layer that was measured, found {name!r}{nearest(name, self)}")
+        seen = {label: one[name] for label, one in self.classes.items() if one[name].positions.any()}
+        if not seen:
+            raise ProfileError(f"plot: {name!r} was not measured by class; pass classes=True to `profile`")
+        return seen
+
+    def silent_for(self, label: Label, apoz: float = SILENT) -> dict[str, tuple[int, ...]]:
+        """By layer, the neurons that are silent for one class only: whose APoZ is above `apoz` there and nowhere else.
+
+        Raises ProfileError: there is no such class; `profile(..., classes=True)` measures them.
+        """
+        if label not in self.classes:
+            known = ", ".join(map(repr, self.classes)) or "none; measure with classes=True"
+            raise ProfileError(f"silent_for: expected one of the classes, found {label!r}; there are {known}")
+        silent = {name: {key: one.apoz[name] > apoz for key, one in self.classes.items()} for name in self}
+        found = {
+            name: np.flatnonzero(by[label] & ~np.any([by[key] for key in by if key != label] or [False], axis=0))
+            for name, by in silent.items()
+        }
+        return {name: tuple(neurons.tolist()) for name, neurons in found.items() if neurons.size}
 
     def merge(self, *others: "Profile") -> "Profile":
         """This profile and others of the same model, measured over other data, as one measured over all of it.
@@ -218,13 +189,18 @@ class Profile(Mapping[str, LayerProfile]):
         included, or were measured otherwise.
         """
         for other in others:
-            if differs := _difference(self, other):
+            if differs := difference(self, other):
                 raise ProfileError(
                     f"merge: expected profiles of one model, measured in one way, found {differs}; measure both anew"
                 )
         parts = added_up(part for one in (self, *others) for part in one._parts)
         examples = sum(one.examples for one in (self, *others))
-        return self.with_parts(parts, examples, zero_tolerance=self.zero_tolerance)
+        partial = any(one.partial for one in (self, *others))
+        classes: dict[Label, Profile] = {}
+        for label in sorted({label for one in (self, *others) for label in one.classes}, key=in_order):
+            first, *more = [one.classes[label] for one in (self, *others) if label in one.classes]
+            classes[label] = first.merge(*more) if more else first
+        return self.with_parts(parts, examples, zero_tolerance=self.zero_tolerance, partial=partial, classes=classes)
 
     def with_parts(
         self,
@@ -232,21 +208,29 @@ class Profile(Mapping[str, LayerProfile]):
         examples: int,
         *,
         zero_tolerance: float,
+        partial: bool = False,
         in_doubt: Mapping[str, Sequence[int]] | None = None,
+        classes: Mapping[Label, "Profile"] | None = None,
     ) -> "Profile":
         """The same layers with the figures that these parts give."""
         return Profile(
-            {name: _measured(layer, self._roots[name], parts) for name, layer in self.layers.items()},
+            {name: measured_layer(layer, self._roots[name], parts) for name, layer in self.layers.items()},
             examples,
             parts=parts,
             roots=self._roots,
             through_norms=self.through_norms,
             zero_tolerance=zero_tolerance,
+            partial=partial,
             in_doubt=in_doubt,
+            classes=classes,
         )
 
     def save(self, path: str | Path) -> None:
         """Write the profile as one safetensors file; it appears complete or not at all. Raises StoreError."""
+        write_whole(Path(path), self.packed())
+
+    def packed(self, more: Mapping[str, Any] | None = None) -> bytes:
+        """The content of that file, with more words in it."""
         arrays: dict[str, Any] = {}
         for index, layer in enumerate(self.layers.values()):
             arrays |= {f"{index}.{name}": np.ascontiguousarray(getattr(layer, name)) for name in _ARRAYS}
@@ -255,11 +239,14 @@ class Profile(Mapping[str, LayerProfile]):
             arrays[f"part{index}.roots"] = part.roots
             arrays |= {f"part{index}.{name}": getattr(part.counts, name).numpy() for name in _TENSORS}
         content = {
+            **(more or {}),
             "format": _FORMAT,
             "version": _VERSION,
             "examples": self.examples,
             "through_norms": self.through_norms,
             "zero_tolerance": self.zero_tolerance,
+            "partial": self.partial,
+            "classes": [self._packed_class(index, label, arrays) for index, label in enumerate(self.classes)],
             "in_doubt": self.in_doubt,
             "layers": [{name: getattr(layer, name) for name in _WORDS} for layer in self.layers.values()],
             "parts": [
@@ -267,7 +254,17 @@ class Profile(Mapping[str, LayerProfile]):
                 for part in self._parts
             ],
         }
-        write_whole(Path(path), to_safetensors(arrays, {"torchtrim": json.dumps(content)}))
+        return to_safetensors(arrays, {"torchtrim": json.dumps(content)})
+
+    def _packed_class(self, index: int, label: Label, arrays: dict[str, Any]) -> dict[str, Any]:
+        """What describes a class in the file; its arrays are added."""
+        found, places = self.classes[label], {part.key: place for place, part in enumerate(self._parts)}
+        parts: list[dict[str, Any]] = []
+        for part in found._parts:
+            place = places[part.key]  # its whole has the same
+            arrays |= {f"class{index}.part{place}.{name}": getattr(part.counts, name).numpy() for name in _TENSORS}
+            parts.append({"part": place} | {name: getattr(part.counts, name) for name in _NUMBERS})
+        return {"label": label, "examples": found.examples, "parts": parts}
 
     @classmethod
     def load(cls, path: str | Path) -> "Profile":
@@ -290,22 +287,21 @@ class Profile(Mapping[str, LayerProfile]):
         roots = {name: arrays[f"{index}.roots"] for index, name in enumerate(layers) if f"{index}.roots" in arrays}
         parts: list[Part] = []
         for index, described in enumerate(content["parts"]):
-            counted: dict[str, Any] = {name: torch.from_numpy(arrays[f"part{index}.{name}"]) for name in _TENSORS}
-            counted |= {name: described.pop(name) for name in _NUMBERS}
-            parts.append(Part(**described, roots=arrays[f"part{index}.roots"], counts=Counts(**counted)))
-        how = {name: content[name] for name in ("through_norms", "zero_tolerance", "in_doubt")}
-        return cls(layers, content["examples"], parts=parts, roots=roots, **how)
+            counts, roots_of = _counts(arrays, f"part{index}.", described), arrays[f"part{index}.roots"]
+            parts.append(Part(**{name: described[name] for name in _CALL}, roots=roots_of, counts=counts))
+        how = {name: content[name] for name in ("through_norms", "zero_tolerance", "partial", "in_doubt")}
+        whole = cls(layers, content["examples"], parts=parts, roots=roots, **how)
+        for index, described in enumerate(content["classes"]):
+            counted_parts = [
+                replace(parts[one["part"]], counts=_counts(arrays, f"class{index}.part{one['part']}.", one))
+                for one in described["parts"]
+            ]
+            whole.classes[described["label"]] = whole.with_parts(
+                counted_parts, described["examples"], zero_tolerance=whole.zero_tolerance
+            )
+        return whole
 
     def __str__(self) -> str:
-        rows = [("layer", "neurons", "mean APoZ", "95 % interval", "a neuron's ±", "above 90 %", "always zero")]
-        rows += [_row(layer) for layer in self.layers.values() if layer.positions.any()]
-        sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                [row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))]
-            )
-            for row in rows
-        ]
         unseen = [name for name, layer in self.layers.items() if not layer.positions.any()]
         notes = [f"no activation was observed at: {', '.join(unseen)}"] if unseen else []
         if self.in_doubt is not None:
@@ -313,42 +309,30 @@ class Profile(Mapping[str, LayerProfile]):
             notes.append(
                 f"settled for all neurons but {doubtful}, see in_doubt" if doubtful else "settled for all neurons"
             )
-        return "\n".join([f"Profile of {self.examples:,} examples", *lines, *self.notes, *notes])
+        return "\n".join([f"Profile of {self.examples:,} examples", str(self.summary()), *self.notes, *notes])
+
+
+def _counts(arrays: Mapping[str, Any], prefix: str, numbers: Mapping[str, int]) -> Counts:
+    found: dict[str, Any] = {name: torch.from_numpy(arrays[f"{prefix}{name}"]) for name in _TENSORS}
+    found |= {name: numbers[name] for name in _NUMBERS}
+    return Counts(**found)
 
 
 _TOO_WIDE = 0.05  # of half an interval
-
-
-def _row(layer: LayerProfile) -> tuple[str, ...]:
-    apoz = layer.apoz
-    dead = layer.zeros == layer.positions
-    low, high = (100 * np.nanmean(bound) for bound in layer.interval())
-    return (
-        layer.name,
-        str(layer.width),
-        f"{100 * np.nanmean(apoz):.2f} %",
-        f"{low:.2f}–{high:.2f} %",
-        f"{100 * np.median(_half_widths(layer)):.2f} %",
-        str(int((apoz > 0.9).sum())),
-        str(int((dead & (layer.positions > 0)).sum())),
-    )
-
-
-def _half_widths(layer: LayerProfile) -> Floats:
-    low, high = layer.interval()
-    return ((high - low) / 2)[layer.positions > 0]
 
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
 
 
-def _difference(one: Profile, other: Profile) -> str:
+def difference(one: Profile, other: Profile) -> str:
     """How two profiles are not of one model and measured in one way; empty if they are."""
     if not (one._roots and other._roots):
         return "one that was not measured"
     if list(one) != list(other):
         return "other layers"
+    if bool(one.classes) != bool(other.classes):
+        return "classes in one of them only"
     for name, layer in one.items():
         theirs = other[name]
         if layer.locked != theirs.locked or not np.array_equal(one._roots[name], other._roots[name]):
@@ -358,62 +342,3 @@ def _difference(one: Profile, other: Profile) -> str:
                 return f"other weights in {name!r}"
     settings = [(key, getattr(one, key), getattr(other, key)) for key in ("through_norms", "zero_tolerance")]
     return "; ".join(f"{key}={mine} and {key}={theirs}" for key, mine, theirs in settings if mine != theirs)
-
-
-# ------------------------------------------------------------------ from activation calls to layers
-
-
-def since(before: Iterable[Part], parts: Iterable[Part]) -> tuple[Part, ...]:
-    """What came to the parts `before`."""
-    known = {part.key: part.counts for part in before}
-    came = [replace(part, counts=part.counts - known[part.key]) if part.key in known else part for part in parts]
-    return tuple(part for part in came if part.counts.examples)
-
-
-def added_up(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """One part for each call and factor; a call that was traced at several sizes is one."""
-    found: dict[tuple[Any, ...], Part] = {}
-    for part in parts:
-        before = found.get(part.key)
-        found[part.key] = part if before is None else replace(part, counts=before.counts + part.counts)
-    return tuple(found.values())
-
-
-def _measured(layer: LayerProfile, roots: Integers, parts: Sequence[Part]) -> LayerProfile:
-    """The layer with the figures of the first kind of activation that it has."""
-    reached = [(part, share) for part in parts if (share := part.of(roots)) is not None]
-    best = min((KINDS.index(part.kind) for part, _ in reached), default=0)
-    share = _total([share for part, share in reached if KINDS.index(part.kind) == best], layer.width)
-    return replace(
-        layer,
-        zeros=share.zeros,
-        positions=share.positions,
-        mean=_ratio(share.total, share.positions),
-        mean_square=_ratio(share.square, share.positions),
-        standard_error=_ratio(share.deviation, share.positions),
-        examples=share.examples,
-    )
-
-
-def _total(shares: Sequence[_Share], width: int) -> _Share:
-    none = np.zeros(width, np.int64)
-    floats = none.astype(np.float64)
-    return reduce(_Share.plus, shares, _Share(none, none, floats, floats, floats, none))
-
-
-def _sites(parts: Sequence[Part], roots: Integers) -> tuple[SiteProfile, ...]:
-    """One entry per activation call."""
-    found: dict[int, tuple[Part, list[_Share]]] = {}
-    for part in parts:
-        share = part.of(roots)
-        if share is not None:
-            found.setdefault(part.index, (part, []))[1].append(share)
-    totals = [(part, _total(shares, roots.size)) for _, (part, shares) in sorted(found.items(), key=lambda one: one[0])]
-    return tuple(
-        SiteProfile(part.index, part.operator, part.module, part.kind, share.zeros, share.positions)
-        for part, share in totals
-    )
-
-
-def _ratio(total: Floats, positions: Integers) -> Floats:
-    return np.divide(total, positions, out=np.full(total.size, np.nan), where=positions > 0)

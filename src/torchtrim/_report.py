@@ -16,12 +16,12 @@ from torchtrim._loop import Progressive, Round
 from torchtrim._plan import LayerPlan
 from torchtrim._profile import Profile
 from torchtrim._select import Rule, select
+from torchtrim._summary import SILENT
 from torchtrim.criteria import Criterion, LayerProfile
 from torchtrim.errors import PlanError
 
 _ALL_WIDTHS = 6  # a model of at most so many layers is written as the widths of all of them, as 20-50-500-10
 _TRIMMED_WIDTHS = 4  # a larger one as those of the layers that are trimmed, if they are at most so many
-_SILENT = 0.9  # the paper counts the neurons whose APoZ is above
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def profile_table(measured: Profile, rule: Rule, criterion: Criterion | str = cr
     """What was measured, layer by layer as in the paper's table 1, and what the rule would remove."""
     plans, reason = _plans(measured, rule, criterion)
     shown = Table(
-        title=f"APoZ over {measured.examples:,} examples",
+        title=f"APoZ over {measured.examples:,} examples" + ", where it was interrupted" * measured.partial,
         caption=f"APoZ: share of a neuron's activations that are zero. Removed: by the rule {rule}.{reason}",
         title_justify="left",
         caption_justify="left",
@@ -153,7 +153,7 @@ def profile_table(measured: Profile, rule: Rule, criterion: Criterion | str = cr
     for title, total in (
         ("neurons", f"{neurons:,}"),
         ("mean APoZ (%)", ""),
-        (f"above {_SILENT:.0%}", f"{silent:,}"),
+        (f"above {SILENT:.0%}", f"{silent:,}"),
         ("always zero", f"{dead:,}"),
         ("removed", f"{removed:,}"),
     ):
@@ -164,6 +164,28 @@ def profile_table(measured: Profile, rule: Rule, criterion: Criterion | str = cr
     for name, layer in measured.items():
         cells = _profile_cells(layer, plans.get(name))
         shown.add_row(Text(name), *cells, *([Text(layer.locked or "")] if locked else []))
+    return shown
+
+
+def classes_table(measured: Profile) -> Table:
+    """A row for each class: how many examples it has, and the neurons that are silent for it alone."""
+    shown = Table(
+        title="By class",
+        caption=f"Silent for it alone: neurons with an APoZ above {SILENT:.0%} over its examples, and over no other's.",
+        title_justify="left",
+        caption_justify="left",
+        caption_style="dim",
+        header_style="bold",
+    )
+    shown.add_column("class", no_wrap=True)
+    shown.add_column("examples", justify="right")
+    shown.add_column("mean APoZ (%)", justify="right")
+    shown.add_column("silent for it alone", overflow="fold")
+    for label, one in measured.classes.items():
+        means = [row.apoz for row in one.summary()]
+        alone = ", ".join(f"{len(neurons):,} of {name}" for name, neurons in measured.silent_for(label).items())
+        mean = f"{100 * float(np.mean(means)):.2f}" if means else "–"
+        shown.add_row(Text(str(label)), f"{one.examples:,}", mean, Text(alone or "–"))
     return shown
 
 
@@ -226,7 +248,7 @@ def _mean(layer: LayerProfile) -> str:
 
 
 def _above(layer: LayerProfile) -> int:
-    return int((layer.apoz > _SILENT).sum())
+    return int((layer.apoz > SILENT).sum())
 
 
 def _always_zero(layer: LayerProfile) -> int:

@@ -13,13 +13,13 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import Dataset
 
 from torchtrim._data import batches
+from torchtrim._progress import shown
 from torchtrim.errors import TorchtrimError
 
 OptimizerName = Literal["adamw", "sgd"]
@@ -165,24 +165,6 @@ def check_logits(model: nn.Module, example: Tensor) -> int:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with torch.no_grad(), _modes_kept(model):
         return _logits(model.eval()(example.to(device))).shape[1]
-
-
-def training_progress(console: Console | None = None) -> Progress:
-    """A display for `train` and `evaluate`, to be used in a `with`; silent where there is no terminal."""
-    console = console or Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress("{task.description}", *columns, console=console, disable=not console.is_terminal)
-
-
-@contextmanager
-def shown(progress: Progress | None, label: str, batches: int) -> Generator[Callable[[str], None]]:
-    """How to show that one more batch is done, and a note on it; the line vanishes at the end."""
-    progress = progress or Progress(disable=True)
-    task = progress.add_task(label, total=batches)
-    try:
-        yield lambda note: progress.update(task, advance=1, description=f"{label}{note}")
-    finally:
-        progress.remove_task(task)
 
 
 class _Meter:

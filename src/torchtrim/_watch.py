@@ -1,9 +1,10 @@
 """Count at the activation calls of a model while it runs."""
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -12,11 +13,16 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrim._activations import ACTIVATIONS, RECURRENT, kind_of
+from torchtrim._classes import Label, rows_of
+from torchtrim._counting import Counts
 from torchtrim._flow import Site
 from torchtrim._graph import trace
 from torchtrim._neurons import NeuronGraph
-from torchtrim._tally import Tallies
+from torchtrim._progress import uninterrupted
+from torchtrim._tally import Place, Tallies
 from torchtrim.errors import ProfileError, TorchtrimError
+
+Limits: TypeAlias = dict[tuple[int, str, str], float]  # by activation call, up to which size a value is zero
 
 
 class _MisfitError(Exception):
@@ -48,17 +54,20 @@ class Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module, *, through_norms: bool = False, zero_tolerance: float = 0.0) -> None:
         super().__init__()
         self.zero_tolerance = zero_tolerance
-        self.limits: dict[tuple[int, str, str], float] = {}  # by activation call, up to which size a value is zero
+        self.limits: Limits = {}
         self.model = model
         self.through_norms = through_norms
         self.graph: NeuronGraph | None = None
         self.tallies = Tallies()
-        self.batches = 0
+        self.classes: dict[Label, Tallies] = {}  # what belongs to examples of a class, where these are told
+        self.class_examples: Counter[Label] = Counter()
+        self.batches = 0  # counted
         self.examples = 0
         self._numbers = {id(parameter): number for number, parameter in enumerate(model.parameters())}
         self._paths: list[_Path] = []
         self._usual: dict[Any, _Path] = {}  # by the shapes of the inputs, the path that was gone last
         self._wrong: set[tuple[int, int]] = set()  # call of this batch and id of a path that it did not go
+        self._rows: dict[Label, Tensor] = {}  # of the batch in progress, the examples of each class
         self._call = 0
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
         self._path: _Path | None = None  # of the call in progress
@@ -69,13 +78,15 @@ class Watch(TorchDispatchMode):
         self._pending_examples = 0
         self._names: dict[Any, str | None] = {}  # by operator, its name if it may be an activation
 
-    def run(self, call: Callable[[], Any]) -> None:
-        """Call the model, and count the batch as a whole or not at all.
+    def run(self, call: Callable[[], Any], labels: Sequence[Label] | None = None) -> None:
+        """Call the model, and count the batch as a whole or not at all. labels: of its examples, to count by class.
 
         Raises NotFiniteError, where values are on another device some batches late.
         """
         self._wrong.clear()
-        self.batches += 1
+        self._rows = {} if labels is None else rows_of(labels)
+        for label in self._rows:
+            self.classes.setdefault(label, Tallies())
         try:
             while not self._fits(call):
                 if self._candidate() is None:
@@ -83,17 +94,41 @@ class Watch(TorchDispatchMode):
         except TorchtrimError:
             self.look()  # an earlier batch may be why
             raise
-        self.tallies.commit(self.batches)
+        finally:
+            self._arguments = (), {}  # the next batch is made without this one
+        with uninterrupted():
+            for tallies in self._tallies():
+                tallies.commit(self.batches + 1)
+            self.class_examples.update({label: rows.numel() * self._call for label, rows in self._rows.items()})
+            self.examples += self._pending_examples
+            self.batches += 1
         self.look(self.batches)
-        self.examples += self._pending_examples
+
+    def restart(self) -> None:
+        """Forget what was counted, and go on."""
+        self.tallies, self.classes = Tallies(), {}
+        self.class_examples.clear()
+        self.examples = 0
+
+    def totals(self) -> dict[Place, Counts]:
+        """What was counted, of all classes and of none."""
+        totals: dict[Place, Counts] = {}
+        for tallies in self._tallies():
+            for place, counts in tallies.totals().items():
+                totals[place] = totals[place] + counts if place in totals else counts
+        return totals
+
+    def _tallies(self) -> list[Tallies]:
+        return [self.tallies, *self.classes.values()]
 
     def look(self, batch: int | None = None) -> None:
         """Raise NotFiniteError if a batch had NaN or infinite activations.
 
         batch: the one that was just counted; if it is given, devices are looked at now and then only.
         """
-        bad = self.tallies.bad(batch)
-        if bad is not None:
+        found = [bad for tallies in self._tallies() if (bad := tallies.bad(batch)) is not None]
+        if found:
+            bad = min(found, key=lambda one: (one[0], one[1][0].index))
             number, (site, _) = bad
             raise NotFiniteError(
                 f"batch {number}: NaN or infinite activations {self._where(site)}; look for such values in the weights "
@@ -102,7 +137,8 @@ class Watch(TorchDispatchMode):
 
     def _fits(self, call: Callable[[], Any]) -> bool:
         """Whether each call went a known way; the batch in progress then holds what was counted on it."""
-        self.tallies.drop()
+        for tallies in self._tallies():
+            tallies.drop()
         self._pending_examples = self._call = 0
         self._recurrent = 0
         hooks = [
@@ -146,6 +182,9 @@ class Watch(TorchDispatchMode):
         self._examples = next((shape[0] for shape in self._shapes() if shape), 1)
         if not self._examples:
             raise ProfileError("expected at least one example, found none; leave empty batches out")
+        told = sum(rows.numel() for rows in self._rows.values())
+        if self._rows and told != self._examples:
+            raise ProfileError(f"classes: expected a label for each of {self._examples} examples, found {told}")
         self._path = self._candidate()
         self._seen = 0
         self._trail = []
@@ -178,7 +217,7 @@ class Watch(TorchDispatchMode):
             )
         graph = trace(self.model, _example(self.model, *self._arguments), through_norms=self.through_norms)
         self._paths.append(_Path(graph.sites))
-        self.graph = self.graph or graph
+        self.graph = self.graph or replace(graph, example=None, training_example=None, recordings=())  # let go
 
     def _shapes(self) -> tuple[tuple[int, ...], ...]:
         leaves = pytree.tree_leaves(self._arguments)
@@ -222,7 +261,11 @@ class Watch(TorchDispatchMode):
             if values.ndim != factor.atoms.ndim or any(values.shape[axis] != factor.atoms.shape[axis] for axis in kept):
                 raise _MisfitError
             fits = bool(values.ndim) and 0 not in kept and values.shape[0] % self._examples == 0
-            self.tallies.add((site, index), values, kept, self._examples if fits else None, limit)
+            for label, rows in self._rows.items() if fits else ():
+                chosen = _chosen(values, rows, self._examples) if len(self._rows) > 1 else values
+                self.classes[label].add((site, index), chosen, kept, rows.numel(), limit)
+            if not (fits and self._rows):
+                self.tallies.add((site, index), values, kept, self._examples if fits else None, limit)
 
     def _limit(self, site: Site, values: Tensor) -> float:
         """Up to which size a value counts as zero: a share of the root mean square where the site was first seen."""
@@ -241,6 +284,12 @@ class Watch(TorchDispatchMode):
         layers = [name for name, layer in graph.layers.items() if not roots.isdisjoint(layer.roots.tolist())]
         place = f"{site.name} in {site.module or 'the model itself'}"
         return f"of layer {layers[0]!r} ({place})" if layers else f"at {place}"
+
+
+def _chosen(values: Tensor, rows: Tensor, examples: int) -> Tensor:
+    """The values of some examples, of which each has as many rows along the first axis."""
+    split = values.unflatten(0, (examples, values.shape[0] // examples))
+    return split[rows.to(values.device)].flatten(0, 1)
 
 
 def _activation(func: Any) -> str | None:

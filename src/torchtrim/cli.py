@@ -32,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_GOES_ON = "; the same command with --resume goes on"
 _TRIM, _TRAIN, _RUN, _DATA = "What goes, and when to stop", "Training", "The run", "Model and data"
 
 ModelName = Annotated[
@@ -126,7 +127,7 @@ def demo(
     resume: Resume = False,
 ) -> None:
     """Train LeNet on MNIST and trim its layers conv2 and fc1 four times, as the paper does: a minute or two."""
-    with _reported(resumable=True):
+    with _reported(f"{_GOES_ON} after the last whole round"):
         from torchtrim import _job, _settings
 
         settings = _settings.demo_settings(out, fast=fast, seed=seed, device=device)
@@ -220,7 +221,7 @@ def run(
     ] = False,
 ) -> None:
     """Trim a model round by round: measure, remove the silent neurons, retrain, and again."""
-    with _reported(resumable=True):
+    with _reported(f"{_GOES_ON} after the last whole round"):
         from torchtrim import _job, _settings
         from torchtrim._select import parse_rule
         from torchtrim._source import Source
@@ -270,11 +271,28 @@ def profile(
     threads: Threads = None,
     seed: Seed = 0,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the profile there (.safetensors).", rich_help_panel=_RUN)
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the profile there (.safetensors), every now and then.", rich_help_panel=_RUN
+        ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the interrupted profile in the file --out.", rich_help_panel=_RUN),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw the neurons' silence there, layer by layer (.png, .pdf).", rich_help_panel=_RUN
+        ),
+    ] = None,
+    per_class: Annotated[
+        bool,
+        typer.Option("--per-class", help="Measure the examples of each class apart too.", rich_help_panel=_RUN),
+    ] = False,
 ) -> None:
     """Measure how often every neuron is silent, and say where to begin trimming."""
-    with _reported():
+    with _reported(_GOES_ON if out else ""):
         from torchtrim import _job, _settings
         from torchtrim._select import parse_rule
         from torchtrim._source import Source
@@ -284,7 +302,16 @@ def profile(
         say, progress = _display(threads)
         with progress:
             parts = _job.silence(
-                source, parse_rule(rule), criterion, reading, progress, out, through_norms=through_norms
+                source,
+                parse_rule(rule),
+                criterion,
+                reading,
+                progress,
+                out,
+                through_norms=through_norms,
+                resume=resume,
+                plot=plot,
+                per_class=per_class,
             )
             for part in parts:
                 say(part)
@@ -362,7 +389,7 @@ def _display(threads: int | None) -> tuple[Callable[[Any], None], "Progress"]:
     """How to print to standard output, and a progress display that does not get in its way; sets the threads too."""
     import torch
 
-    from torchtrim._training import training_progress
+    from torchtrim._progress import training_progress
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -376,8 +403,8 @@ def _display(threads: int | None) -> tuple[Callable[[Any], None], "Progress"]:
 
 
 @contextmanager
-def _reported(*, resumable: bool = False) -> Generator[None]:
-    """Errors and warnings of this library in a line each, without a traceback."""
+def _reported(hint: str = "") -> Generator[None]:
+    """Errors and warnings of this library in a line each, without a traceback; the hint after an interrupt."""
 
     def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
         if issubclass(category, TorchtrimWarning):
@@ -393,6 +420,5 @@ def _reported(*, resumable: bool = False) -> Generator[None]:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            hint = "; the same command with --resume goes on after the last whole round" if resumable else ""
             typer.echo(f"interrupted{hint}", err=True)
             raise typer.Exit(130) from error
