@@ -231,6 +231,8 @@ def _read(model: nn.Module, path: Path) -> tuple[nn.Module, _Content]:
 
 def _contracted(model: nn.Module, lists: Mapping[str, tuple[int, ...]], path: Path) -> nn.Module:
     """A copy with what is left of its lists of modules; the model itself where they are whole."""
+    if not lists:
+        return model
     past = history(model)
     left: dict[str, list[int]] = {}
     for name, places in lists.items():
@@ -241,8 +243,6 @@ def _contracted(model: nn.Module, lists: Mapping[str, tuple[int, ...]], path: Pa
             raise StoreError(
                 f"{path}: expected a model with entries {list(places)} in {name}; build it anew"
             ) from error
-    if not left:
-        return model
     small = rebuild(model, named_tensors(model))
     contract(small, left)
     return small

@@ -79,7 +79,8 @@ def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, N
     graph = _graph_of(model, plan, example)
     kept = _kept(graph, plan)
     trimmed, failure = attempt(model, graph, kept, named_tensors(model))
-    if failure is not None:  # a trial tells which layers are locked, so that the plan is refused if it means them
+    # A trial tells which layers are locked, so that the plan is refused if it means them; `trace` tells of no other.
+    if failure is not None and not graph.certain:
         graph = tried(model, graph)
         kept = _kept(graph, plan)
     while failure is not None:
