@@ -106,7 +106,7 @@ def test_merged_saved_resumed_and_tolerant(tmp_path: Path) -> None:
 
 
 def test_only_profiles_that_both_have_classes_are_merged() -> None:
-    with pytest.raises(ProfileError, match="merge: .* found classes in one of them only"):
+    with pytest.raises(ProfileError, match=r"merge: .* found classes in one of them only"):
         profile(network(), loader()).merge(profile(network(), loader(), classes=True))
 
 

@@ -100,6 +100,7 @@ def test_run_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     line = (
         "run timm:resnet18 --data imagefolder:flowers --weights w.pt --calibration 50 --resize 70 --crop 64 "
         "--layers conv1,layer1.* --layers fc --rule fraction:0.2 --criterion l1_norm --rounds 3 --compression 2 "
+        "--repair mean,least-squares "
         "--smallest-accuracy 90 --train-epochs 2 --retrain-epochs 0.5 --optimizer adamw --lr 0.1 --schedule onecycle "
         "--batch-size 8 --weight-decay 0.2 --label-smoothing 0.3 --shift 1 --workers 2 --device cpu --seed 5 "
         "--out there --overwrite"
@@ -110,6 +111,8 @@ def test_run_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert settings.layers == ("conv1", "layer1.*", "fc")
     assert (str(settings.rule), settings.criterion) == ("fraction:0.2", "l1_norm")
+    assert settings.repair == ("mean", "least-squares")
+    assert settings.described()["repair"] == ["mean", "least-squares"]
     assert settings.stop == Stop(rounds=3, compression=2, accuracy=90)
     training = _settings.Training(
         epochs=0.5,

@@ -77,6 +77,11 @@ def test_resolve_suggests_the_nearest_name():
         criteria.resolve("apos")
 
 
+def test_reconstruction_needs_more_than_a_profile():
+    with pytest.raises(PlanError, match=r"pass what torchtrim\.reconstruction\(model, example, batches\) returns"):
+        criteria.resolve("reconstruction")(profile())
+
+
 def test_random_without_a_seed_is_refused():
     with pytest.raises(PlanError, match=r"criteria\.random\(0\)"):
         criteria.resolve(criteria.random)

@@ -148,6 +148,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings: Settings, monkeypat
     assert len(columns[0]) == 4
 
 
+def test_a_run_repairs_before_it_retrains(settings: Settings) -> None:
+    lines, rounds = said(replace(settings, stop=Stop(rounds=1), repair=("mean", "least-squares")))
+    assert "repairs by mean and least-squares" in "\n".join(lines)
+    assert rounds[0].seconds["repair"] > 0
+
+
+def test_reconstruction_is_a_criterion_by_name(settings: Settings) -> None:
+    options = {
+        "criterion": "reconstruction",
+        "rule": Fraction(0.3),
+        "stop": Stop(rounds=1),
+        "repair": ("least-squares",),
+    }
+    _, rounds = said(replace(settings, **options))
+    assert rounds[0].plan.source == "reconstruction, fraction:0.3"
+    source = replace(settings.source, weights=str(settings.out / "ancestor.safetensors"))
+    parts = list(silence(source, Fraction(0.3), "reconstruction", settings.retraining, SILENT, None))
+    assert "the rule fraction:0.3 removes" in parts[1]
+    assert "--criterion reconstruction" in parts[-1]
+
+
 def test_a_finished_run_can_go_on_for_more_rounds(settings: Settings) -> None:
     said(replace(settings, stop=Stop(rounds=1)))
     _, rounds = said(settings, resume=True)

@@ -1,5 +1,6 @@
 """Rounds on small networks and random data."""
 
+import copy
 import itertools
 from functools import partial
 
@@ -223,6 +224,39 @@ def test_bad_requests_do_not_wait_for_the_first_round() -> None:
         iterate(chain(), INPUTS.T, [INPUTS], **settings)
     with pytest.raises(TorchtrimError, match="iterator generator"):
         iterate(chain(), INPUTS, (x for x in [INPUTS]), **settings)
+
+
+def test_a_round_repairs_against_the_model_that_it_trims() -> None:
+    model = chain()
+    options = {"layers": ["layers.1", "layers.3"], "stop": Stop(rounds=2), "rule": Fraction(0.5)}
+    seen: list[nn.Module] = []
+    found = rounds(model, retrain=lambda one: seen.append(copy.deepcopy(one)), repair="least-squares", **options)
+    before = model
+    for done, repaired in zip(found, seen, strict=True):
+        small = torchtrim.trim(before, done.plan, INPUTS[:2])
+        expected = torchtrim.repair(small, before, INPUTS[:2], [INPUTS])
+        torch.testing.assert_close(repaired(INPUTS), expected(INPUTS))
+        wanted = before(INPUTS)
+        assert (repaired(INPUTS) - wanted).norm() < (small(INPUTS) - wanted).norm()
+        assert done.accuracy.trimmed == accuracy(repaired)
+        assert done.seconds["repair"] > 0
+        before = done.model
+    with pytest.raises(TorchtrimError, match="expected some of"):
+        iterate(
+            chain(), INPUTS, [INPUTS], retrain=retrain, evaluate=accuracy, rule=Fraction(0.1), stop=Stop(1), repair="x"
+        )
+
+
+def test_reconstruction_is_measured_of_each_rounds_model() -> None:
+    model, layers = chain(), ["layers.1", "layers.3"]
+    options = {"layers": layers, "stop": Stop(rounds=2), "criterion": "reconstruction", "repair": "least-squares"}
+    before = model
+    for done in rounds(model, **options):
+        criterion = torchtrim.reconstruction(before, INPUTS[:2], [INPUTS], layers)
+        expected = torchtrim.select(done.profile, rule=Fraction(0.25), layers=layers, criterion=criterion)
+        assert done.plan.removed == expected.removed
+        assert done.plan.source == "reconstruction, fraction:0.25"
+        before = done.model
 
 
 def test_a_model_without_trimmable_layers_says_why() -> None:

@@ -117,6 +117,19 @@ def test_an_interrupted_run_comes_to_the_same_result(tmp_path, name) -> None:
         }
 
 
+@pytest.mark.filterwarnings("ignore:left as they are by the repair")
+@pytest.mark.parametrize("name", MODELS)
+def test_an_interrupted_run_that_repairs_comes_to_the_same_result(tmp_path, name) -> None:
+    options = {"repair": ("mean", "least-squares", "batchnorm")}
+    whole = Work(name).run(Work(name).ancestor(), tmp_path / "whole", **options)
+    work = Work(name, interrupt=2)
+    with pytest.raises(KeyboardInterrupt):
+        work.run(work.ancestor(), tmp_path / "parts", **options)
+    assert_same_rounds(whole, Work(name).run(work.fresh(), tmp_path / "parts", resume=True, **options))
+    with pytest.raises(StoreError, match="repair"):
+        work.run(work.fresh(), tmp_path / "parts", resume=True)
+
+
 @pytest.mark.parametrize("interrupt", [1, 3])
 def test_interrupted_in_any_round(tmp_path, interrupt) -> None:
     whole = Work("BatchNorm").run(Work("BatchNorm").ancestor(), tmp_path / "whole")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import torchtrim
 from torchtrim import _trial
+from torchtrim._graph import untried
 from torchtrim._neurons import NeuronGraph
 from torchtrim.testing import assert_exact
 
@@ -192,6 +193,6 @@ def test_the_guilty_are_found_by_halving(monkeypatch) -> None:
         return model, _trial.Failure(set(), "a fault") if faulty else None
 
     monkeypatch.setattr(_trial, "attempt", attempt)
-    graph = torchtrim.trace(model, example)
+    graph = _trial.tried(model, untried(model, example))
     assert graph.locked.keys() == {"40", "63"}
     assert cuts < 20

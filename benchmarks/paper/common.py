@@ -32,11 +32,11 @@ BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"  # told a
 class Experiment:
     """One run of a benchmark: its seeds, its folders, and the work that several benchmarks share."""
 
-    def __init__(self, module: str, description: str, *, seeds: int = 3) -> None:
+    def __init__(self, module: str, description: str, *, seeds: int = 3, runs: str = "runs/paper") -> None:
         parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
         parser.add_argument("--seeds", type=int, default=seeds, help="how many seeds, from 0 (default %(default)s)")
         parser.add_argument("--results", type=Path, default=Path("docs/results"), help="where the page goes")
-        parser.add_argument("--runs", type=Path, default=Path("runs/paper"), help="where trained models are kept")
+        parser.add_argument("--runs", type=Path, default=Path(runs), help="where trained models are kept")
         options = parser.parse_args()
         self.name = module.rpartition(".")[2].replace("_", "-")
         self.command = f"python -m {module}" + (f" --seeds {options.seeds}" if options.seeds != seeds else "")

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torchtrim._measure import profile
     from torchtrim._plan import LayerPlan, Plan
     from torchtrim._profile import Profile
+    from torchtrim._reconstruction import reconstruction
+    from torchtrim._repair import repair
     from torchtrim._run_directory import run
     from torchtrim._select import Fraction, MeanPlusStd, Threshold, select
     from torchtrim._stable import Stable
@@ -43,7 +45,9 @@ __all__ = [
     "measure",
     "operators",
     "profile",
+    "reconstruction",
     "register_operator",
+    "repair",
     "run",
     "save",
     "select",
@@ -59,6 +63,8 @@ _ROOMS = {
     "_plan": "LayerPlan Plan",
     "_measure": "profile",
     "_profile": "Profile",
+    "_reconstruction": "reconstruction",
+    "_repair": "repair",
     "_run_directory": "run",
     "_select": "Fraction MeanPlusStd Threshold select",
     "_stable": "Stable",

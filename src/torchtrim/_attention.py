@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtrim._copies import modules_of
+
 
 class MultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose `num_heads` heads of `head_dim` features need not make up `embed_dim`.
@@ -96,7 +98,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 def generalise(model: nn.Module) -> nn.Module:
     """Let every `nn.MultiheadAttention` of a model compute with this class, in place; its subclasses are left alone."""
-    for module in model.modules():
+    for module in modules_of(model):
         if type(module) is nn.MultiheadAttention:
             module.__class__ = MultiheadAttention
     return model
@@ -104,7 +106,7 @@ def generalise(model: nn.Module) -> nn.Module:
 
 def adapt(model: nn.Module) -> nn.Module:
     """Let those compute with this class whose heads do not make up their features any more, in place."""
-    for module in model.modules():
+    for module in modules_of(model):
         if type(module) is nn.MultiheadAttention and not _is_square(module):
             module.__class__ = MultiheadAttention
         if type(module) is MultiheadAttention:

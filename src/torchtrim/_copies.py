@@ -2,16 +2,29 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Every distinct module once, as `nn.Module.modules` but without its recursion, whose cost grows with the depth."""
+    found: dict[int, nn.Module] = {}
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            waiting += reversed(module._modules.values())
+    return list(found.values())
+
+
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every distinct module once, under its first name, as `nn.Module.named_modules` but without its recursion."""
+    """Every distinct module once, under its first name, in the same order."""
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
     waiting = [("", model)]
@@ -43,24 +56,22 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def rebuild(model: nn.Module, replace: Mapping[str, Tensor]) -> nn.Module:
     """A deep copy of the model in which the named parameters and buffers are other tensors."""
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            several: Any = (
-                value.values() if type(value) is dict else value if isinstance(value, (list, tuple)) else [value]
-            )
-            for one in several:
-                if isinstance(one, Tensor) and not one.is_leaf:  # deepcopy refuses what a graph produced
-                    memo[id(one)] = one.detach().clone()
+    modules = modules_of(model)
+    for value in (value for module in modules for value in vars(module).values() if type(value) not in _ATOMIC):
+        several: Any = value.values() if type(value) is dict else value if isinstance(value, (list, tuple)) else [value]
+        for one in several:
+            if isinstance(one, Tensor) and not one.is_leaf:  # deepcopy refuses what a graph produced
+                memo[id(one)] = one.detach().clone()
     for name, old in named_tensors(model).items():
         new = replace[name]
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         vars(memo[id(old)]).update(vars(old))  # marks that users leave on parameters, such as `no_weight_decay`
-    return _copied(model, memo)
+    return _copied(model, modules, memo)
 
 
 def compacted(model: nn.Module) -> nn.Module:
     """With the weights of recurrent layers in one piece of memory each, as cuDNN wants them; in place."""
-    for module in model.modules():
+    for module in modules_of(model):
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()
     return model
@@ -71,9 +82,11 @@ def without_caches(model: nn.Module) -> nn.Module:
 
     What has run without data has filled these by itself, and will do so again.
     """
-    for module in model.modules():
-        for value in vars(module).values():
-            if type(value) is dict and all(isinstance(one, Tensor) and _is_device(key) for key, one in value.items()):
+    for module in modules_of(model):
+        for name, value in vars(module).items():
+            if type(value) is not dict or name in ("_parameters", "_buffers", "_modules"):
+                continue
+            if all(isinstance(one, Tensor) and _is_device(key) for key, one in value.items()):
                 value.clear()
     return model
 
@@ -86,26 +99,39 @@ def _is_device(key: Any) -> bool:
 
 
 # What `copy.deepcopy` hands on as it is.
-_ATOMIC = (bool, int, float, str, type(None), type, torch.dtype, torch.device, torch.Size)
+_ATOMIC = frozenset([bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType,
+                     torch.dtype, torch.device, torch.Size])  # fmt: skip
 
 
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """`copy.deepcopy`, which would spend most of its time on the empty dictionaries of modules."""
-    plain = [module for module in model.modules() if _is_plain(type(module))]
+def _copied(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int, Any]) -> nn.Module:
+    """`copy.deepcopy`, which would spend most of its time on the dictionaries of modules."""
+    plain = [module for module in modules if _is_plain(type(module))]
     for module in plain:
         memo[id(module)] = object.__new__(type(module))
     for module in plain:
         new = vars(memo[id(module)])
         for name, value in vars(module).items():
-            if name == "_compiled_call_impl":
-                continue  # `torch.compile` left it; PyTorch's own copies go without it too
-            if type(value) in _ATOMIC:
-                new[name] = value
-            elif type(value) in (dict, OrderedDict) and not value:
-                new[name] = type(value)()
-            else:
-                new[name] = copy.deepcopy(value, memo)
+            if name != "_compiled_call_impl":  # `torch.compile` left it; PyTorch's own copies go without it too
+                new[name] = value if type(value) in _ATOMIC else _copy_of(value, memo)
     return copy.deepcopy(model, memo)
+
+
+def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy` of a value, quickly where it is a plain container."""
+    kind = type(value)
+    if kind in _ATOMIC:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind is dict:
+        new = memo[id(value)] = {}
+        new.update((_copy_of(key, memo), _copy_of(one, memo)) for key, one in value.items())
+        return new
+    if kind is tuple and _ATOMIC.issuperset(map(type, value)):
+        return value
+    if kind in (OrderedDict, set) and not value:
+        return kind()
+    return copy.deepcopy(value, memo)
 
 
 @cache

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrim import _operators, _operators_products, _operators_shapes, _operators_statistics
@@ -81,88 +81,107 @@ class Flow(TorchDispatchMode):
         self.steps: list[Step] = []
         self.sites: list[Site] = []
         self.produced: list[Atoms] = []
-        self.where: list[str] = []
+        self.where: list[str] = [""]
         self.modules: dict[str, nn.Module] = {}
         self.blamed: list[Labels] = []
+        self.announced = False  # whether a function that the model's code called is running
+        self.knows_widths = False  # whether that code may have learnt of a width
+        self._pure: set[int] = set()  # the steps that do nothing but give results
         self._parts = 0
         self._writes: dict[Memory, list[tuple[Factor, ...]]] = {}  # by memory, the labels of what was written
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would wrap every operator in a function that keeps its compiler out, which does not come here."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        namespace, _, name = func._schema.name.partition("::")
-        name = name if namespace == "aten" else func._schema.name
-        in_place = name.endswith("_") and not name.endswith("__")
-        name = name.rstrip("_") if in_place else name
-        name = "alias" if name == "as_strided" and _as_it_is(*args) else name
-        self.ledger.step = None if name in VIEWS else len(self.steps)
+        self.knows_widths = self.knows_widths or not self.announced
+        operator = _operator(func)
+        name = "alias" if operator.name == "as_strided" and _as_it_is(*args) else operator.name
+        is_view = name in VIEWS
+        self.ledger.step = None if is_view else len(self.steps)
         operands = tensors([*args, *kwargs.values()])
         self.blamed = [self.read(operand) for operand in operands]
-        origins = tuple(origin_of(operand) for operand in operands)
+        origins = tuple([origin_of(operand) for operand in operands])
         held = held_by_code(operands)
-        value = value_of(name, func, args, kwargs)
+        value = value_of(name, func, args, kwargs, operands)
         result = computed(name, func, args, kwargs, value)
-        where = self.where[-1] if self.where else ""
+        where = self.where[-1]
         call = Call(name, func, args, kwargs, result, labels_of, self.ledger, where, self.modules.get(where))
         row = row_of(name, func)
         found = row(call)
-        results = tensors(pytree.tree_leaves(result))
+        results = tensors(result if isinstance(result, (tuple, list)) else (result,))
         labels = [found] * len(results) if isinstance(found, Labels) else list(found)
         labels = [self._without_constants(one, call) for one in labels]
         labels += [UNKNOWN] * (len(results) - len(labels))
-        if name in VIEWS:
+        if is_view:
             sources = seen_through(call, origins[0], labels)
             if held:
                 self.steps.append(Step("data", where, held))
         else:
             sources = [Origin((len(self.steps), index)) for index in range(len(results))]
-        written = _written(func, args, kwargs)
-        for tensor in written:
-            self._count_write(tensor, labels)
-        for tensor, one, source in zip(results, labels, sources, strict=True):
-            if any(tensor is other for other in written) and tensor._base is not None:
-                self._write_through(call, tensor, one, source)
-            elif name in _UNSAFE:
-                self._parts += 1
-                self.mark(tensor, one, source, (tensor.untyped_storage()._cdata, self._parts))
-            else:
-                self.mark(tensor, one, source, memory_among(tensor, operands), value)
-        for tensor in written:
-            if not any(tensor is other for other in results):
-                self.mark(tensor, labels_of(tensor), Origin((len(self.steps), -1)))
+        written = operator.written(args, kwargs)
+        self._mark_results(call, [*zip(results, labels, sources, strict=True)], written, operands, value)
         self.produced += call.produced
-        if name not in VIEWS:
-            seen = [*zip(operands, self.blamed, strict=True), *((t, labels_of(t)) for t in results)]
-            live = bool(written) or not results  # what else it does cannot be seen to be of no use
-            self.steps.append(self._step(call, row, seen, origins, held, live))
+        if not is_view:
+            if results and not written:  # what else it does cannot be seen to be of no use
+                self._pure.add(len(self.steps))
+            self.steps.append(self._step(call, row, operands, results, origins, held))
         self.ledger.step = None
-        kind = None if isinstance(call.module, RECURRENT) else kind_of(name, args, kwargs)
-        if kind is not None:
-            self.sites.append(Site(len(self.sites), name, where, kind, tuple(results[0].shape), labels[0]))
+        if name in ACTIVATIONS and not isinstance(call.module, RECURRENT):
+            kind = kind_of(name, args, kwargs)
+            if kind is not None:
+                self.sites.append(Site(len(self.sites), name, where, kind, tuple(results[0].shape), labels[0]))
         return result
+
+    def _mark_results(
+        self,
+        call: Call,
+        results: Sequence[tuple[Tensor, Labels, Origin]],
+        written: Sequence[Tensor],
+        operands: Sequence[Tensor],
+        value: Tensor | None,
+    ) -> None:
+        """Note what is known of the results, and that what else the operator has written to holds other values."""
+        for tensor in written:
+            self._count_write(tensor, [labels for _, labels, _ in results])
+        for tensor, labels, origin in results:
+            if any(tensor is other for other in written) and tensor._base is not None:
+                self._write_through(call, tensor, labels, origin)
+            elif call.name in _UNSAFE:
+                self._parts += 1
+                self.mark(tensor, labels, origin, (tensor.untyped_storage()._cdata, self._parts))
+            else:
+                self.mark(tensor, labels, origin, memory_among(tensor, operands), value)
+        for tensor in written:
+            if not any(tensor is other for other, _, _ in results):
+                self.mark(tensor, labels_of(tensor), Origin((len(self.steps), -1)))
 
     def _step(
         self,
         call: Call,
         row: Row,
-        seen: Sequence[tuple[Tensor, Labels]],
+        operands: Sequence[Tensor],
+        results: Sequence[Tensor],
         origins: tuple[Origin, ...],
         held: tuple[Any, ...],
-        live: bool,
     ) -> Step:
-        """What a proof compares of a call. `seen`: its operands, then its results."""
-        shape_of = distinct_shape if row is pointwise else _shape
-        operands = len(origins)
-        shapes = [shape_of(one) if place < operands else _shape(one) for place, (one, _) in enumerate(seen)]
+        """What a proof compares of a call."""
+        elementwise = row is pointwise
+        shapes = [distinct_shape(one) if elementwise else one.shape for one in operands]
+        labelled = [*zip(shapes, self.blamed, strict=True), *((one.shape, labels_of(one)) for one in results)]
         loose = (
-            row is pointwise
+            elementwise
             or call.name in _ELEMENTWISE
             or (call.name in _PRODUCTS and not all(one.uniform for one in self.blamed))
         )
-        constants = (*constants_of(call.name, call.args, call.kwargs), *(str(one.dtype) for one, _ in seen), *held)
-        labelled = tuple(zip(shapes, (labels for _, labels in seen), strict=True))
-        return Step(call.name, call.where, constants, labelled, origins, loose, live)
+        types = [one.dtype for one in (*operands, *results)]
+        constants = (*constants_of(call.name, call.args, call.kwargs), *types, *held)
+        return Step(call.name, call.where, constants, tuple(labelled), origins, loose)
 
     def _without_constants(self, labels: Labels, call: Call) -> Labels:
         """A factor that varies along no axis can never go: its tensor would lose everything."""
@@ -185,14 +204,15 @@ class Flow(TorchDispatchMode):
                 self.ledger.pin(factor.atoms.ravel(), reason)
         seen = tuple((tuple(output.shape), one) for output, one in zip(outputs, read, strict=True))
         self.steps.append(Step(OUTPUT, "", (), seen, tuple(origin_of(output) for output in outputs)))
-        live = {index for index, step in enumerate(self.steps) if step.live or step.name == OUTPUT}
         read_later = {source for tensor in kept if isinstance(source := origin_of(tensor).source[0], int)}
-        for index in reversed(range(len(self.steps))):
-            if index in live or index in read_later:
-                live.add(index)
-                read_later.update(o.source[0] for o in self.steps[index].origins if isinstance(o.source[0], int))
-        self.steps = [replace(step, live=index in live) for index, step in enumerate(self.steps)]
-        self.ledger.forget({index for index in range(len(self.steps)) if index not in live})
+        dead: set[int] = set()
+        for index, step in reversed([*enumerate(self.steps)]):
+            if index in self._pure and index not in read_later:
+                dead.add(index)
+                self.steps[index] = replace(step, live=False)
+            else:
+                read_later.update(o.source[0] for o in step.origins if isinstance(o.source[0], int))
+        self.ledger.forget(dead)
 
     def mark(
         self,
@@ -232,19 +252,17 @@ class Flow(TorchDispatchMode):
     def read(self, tensor: Tensor) -> Labels:
         """The labels of an operand. One whose memory was written to under another name has none that hold."""
         mark = mark_of(tensor)
-        writes = self._writes.get(memory_among(tensor, [tensor]), ())
-        if mark is None or mark.writes == len(writes):
-            return UNKNOWN if mark is None else mark.labels
+        if mark is None:
+            return UNKNOWN
+        writes = self._writes.get(memory_among(tensor, [tensor]), ()) if self._writes else ()
+        if mark.writes == len(writes):
+            return mark.labels
         bases = () if tensor._base is None else labels_of(tensor._base).factors
         for factor in (*mark.labels.factors, *bases, *(one for some in writes[mark.writes :] for one in some)):
             self.ledger.pin(factor.atoms.ravel(), "its memory is written to under another name")
         look = Look("written under another name", (len(writes),))
         self.mark(tensor, UNKNOWN, Origin(mark.origin.source, (*mark.origin.looks, look)))
         return UNKNOWN
-
-
-def _shape(tensor: Tensor) -> Shape:
-    return tuple(tensor.shape)
 
 
 def _as_it_is(tensor: Tensor, shape: Sequence[int], stride: Sequence[int], start: int | None = None) -> bool:
@@ -264,10 +282,30 @@ def row_of(name: str, function: Any) -> Row:
     return pointwise if elementwise else unknown
 
 
-def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors into which an operator writes."""
-    if not function._schema.is_mutable:
-        return []
-    values = {a.name: value for a, value in zip(function._schema.arguments, args, strict=False)} | kwargs
-    mutable = (a.name for a in function._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
-    return tensors(values[name] for name in mutable if name in values)
+@dataclass(frozen=True, slots=True)
+class _Operator:
+    """What is the same in all calls of an operator. `name`: without the underscore of those that work in place.
+
+    `mutable`: the places and names of the arguments into which it writes.
+    """
+
+    name: str
+    mutable: tuple[tuple[int, str], ...]
+
+    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors into which a call writes."""
+        if not self.mutable:
+            return []
+        return tensors(args[place] if place < len(args) else kwargs.get(name) for place, name in self.mutable)
+
+
+@cache
+def _operator(function: Any) -> _Operator:
+    schema = function._schema
+    namespace, _, name = schema.name.partition("::")
+    name = name if namespace == "aten" else schema.name
+    in_place = name.endswith("_") and not name.endswith("__")
+    written = [
+        (i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    ]
+    return _Operator(name.rstrip("_") if in_place else name, tuple(written) if schema.is_mutable else ())

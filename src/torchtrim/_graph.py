@@ -2,7 +2,8 @@
 
 `trace` runs the model once under label propagation, resolves what must go together, then proves itself on a trial:
 some neurons of every group are removed, and the labels of the trimmed model must be the original ones without them,
-at every operator. A group that fails is locked with the reason; the others stay.
+at every operator. A group that fails is locked with the reason; the others stay. Code that cannot know its widths
+needs no trial.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchtrim._copies import named_tensors
+from torchtrim._copies import modules_of, named_tensors
+from torchtrim._doubts import may_read_widths
 from torchtrim._flow import Flow
 from torchtrim._labels import Atoms, Labels, Ledger
 from torchtrim._neurons import Layer, NeuronGraph, group_of, memory_of
@@ -37,7 +39,8 @@ def trace(model: nn.Module, example: Any, *, through_norms: bool = False) -> Neu
 
     Raises `TraceError` when the model cannot run on the example. The model is not touched.
     """
-    return tried(model, untried(model, example, through_norms=through_norms))
+    graph = untried(model, example, through_norms=through_norms)
+    return graph if graph.certain else tried(model, graph)
 
 
 def untried(model: nn.Module, example: Any, *, through_norms: bool = False) -> NeuronGraph:
@@ -71,10 +74,14 @@ def untried(model: nn.Module, example: Any, *, through_norms: bool = False) -> N
     owners = _owners(axes, [atoms for _, one in flows for atoms in one.produced])
     described = tuple(descriptions(model, ledger, root))
     sites, sizes = tuple(flow.sites), tuple(ledger.sizes)
+    ignorant = device == "meta" and not any(one.knows_widths for _, one in flows)
+    decided = not (through_norms or ledger.undecided)
+    attributes = {one.attribute for one in described}
+    certain = ignorant and decided and not may_read_widths(modules_of(model), attributes)
     graph = NeuronGraph(
-        {}, rooted, axes, device, recordings, sites, root, example, trained_on, described, sizes, through_norms
+        {}, rooted, axes, device, recordings, sites, root, example, trained_on, described, sizes, through_norms, certain
     )
-    return replace(graph, layers=_layers(owners, rooted, pinned))
+    return replace(graph, layers=_layers(owners, rooted, pinned, count))
 
 
 def _number(sources: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Atoms, ...]], int]:
@@ -175,13 +182,15 @@ def _layer_name(parameter: str) -> str:
 
 
 def _layers(
-    owners: Sequence[_Owner], axes: Mapping[str, tuple[Atoms, ...]], pinned: Mapping[int, str]
+    owners: Sequence[_Owner], axes: Mapping[str, tuple[Atoms, ...]], pinned: Mapping[int, str], count: int
 ) -> dict[str, Layer]:
+    stuck = np.zeros(count, bool)
+    stuck[[*pinned]] = True
     layers: dict[str, Layer] = {}
     groups: dict[int, str] = {}
     for owner in owners:
         roots = axes[owner.parameter][owner.axis]
-        removable = np.array([int(value) not in pinned for value in roots])
+        removable = ~stuck[roots]
         group = group_of(owner.name, roots[removable], groups)
         reason = None if removable.any() else pinned[int(roots[0])]
         layers[owner.name] = Layer(owner.name, owner.parameter, owner.axis, roots, removable, group, reason)

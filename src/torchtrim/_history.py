@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -18,11 +18,13 @@ class History:
     """plans: the plans that were carried out, oldest first. shapes: of the ancestor's parameters and buffers.
 
     attributes: by module, the attributes that describe widths and are not the ancestor's, such as `out_channels`.
+    biases: the parameters that the ancestor does not have, which `repair` added.
     """
 
     plans: tuple[Plan, ...]
     shapes: Mapping[str, tuple[int, ...]]
     attributes: Mapping[str, Mapping[str, Any]]
+    biases: tuple[str, ...] = ()
 
 
 def history(model: nn.Module) -> History:
@@ -48,7 +50,7 @@ def remember(model: nn.Module, trimmed: nn.Module, plan: Plan) -> None:
         }
         if changed:
             attributes[name] = attributes.get(name, {}) | changed
-    set_history(trimmed, History((*before.plans, plan), before.shapes, attributes))
+    set_history(trimmed, replace(before, plans=(*before.plans, plan), attributes=attributes))
 
 
 def describes(value: Any) -> bool:

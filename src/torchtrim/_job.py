@@ -31,6 +31,7 @@ from torchtrim._loop import Progressive, Round, Stop, iterate
 from torchtrim._measure import profile
 from torchtrim._picture import picture
 from torchtrim._profile import Profile
+from torchtrim._reconstruction import reconstruction
 from torchtrim._report import Ancestor, RoundTable, advice, classes_table, profile_table, says_nothing
 from torchtrim._run_directory import RunDirectory
 from torchtrim._select import MeanPlusStd, Rule, check_layers
@@ -86,10 +87,16 @@ def silence(
     measured = profile(
         opened.model, loader, through_norms=through_norms, checkpoint=out, progress=progress, classes=per_class
     )
-    yield profile_table(measured, rule, criterion)
+    function = criteria.resolve(criterion)
+    if function is criteria.reconstruction:
+        if measured.partial:
+            yield str(measured)
+            raise KeyboardInterrupt  # the criterion wants all data once more
+        function = reconstruction(opened.model, opened.graph, _Watched(loader, progress, "measuring"))
+    yield profile_table(measured, rule, function)
     if per_class:
         yield classes_table(measured)
-    yield "\n".join(advice(measured, rule, criterion))
+    yield "\n".join(advice(measured, rule, function))
     if out is not None:
         yield f"The profile is in {short(out)}."
     if plot is not None:
@@ -233,6 +240,7 @@ class _Trimming:
             layers=settings.layers,
             criterion=settings.criterion,
             through_norms=settings.through_norms,
+            repair=settings.repair or None,
             seed=settings.source.seed,
             done=done,
         )
@@ -308,10 +316,11 @@ def _heading(settings: Settings, opened: Opened) -> str:
         named = f"the {layers.start} most silent layers, then their neighbours,"
     else:
         named = ", ".join(layers or ["every layer that can be trimmed"])
+    repaired = f", repairs by {' and '.join(settings.repair)}" if settings.repair else ""
     return (
         f"{settings.source.model} on {settings.source.data}: {sizes[0]:,} examples to train, {sizes[1]:,} to decide "
         f"on, {sizes[2]:,} to test\n"
-        f"trims {named} by {settings.criterion}, {settings.rule}\n"
+        f"trims {named} by {settings.criterion}, {settings.rule}{repaired}\n"
     )
 
 

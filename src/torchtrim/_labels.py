@@ -9,10 +9,10 @@ which must stay (`pin`). `Ledger.resolve` turns that into one root per atom.
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +32,10 @@ class Factor:
         return self.atoms.shape[axis] > 1
 
     def axes(self) -> tuple[int, ...]:
-        return tuple(axis for axis, size in enumerate(self.atoms.shape) if size > 1)
+        return tuple([axis for axis, size in enumerate(self.atoms.shape) if size > 1])
 
-    def map(self, atoms: Atoms) -> Self:
-        return replace(self, atoms=atoms)
+    def map(self, atoms: Atoms) -> "Factor":
+        return Factor(atoms, self.zero)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +94,8 @@ class Ledger:
         """Make elements of two broadcastable arrays one neuron; what meets atom 0 is pinned."""
         if one is other:
             return
-        one, other = np.broadcast_arrays(one, other)
+        if one.shape != other.shape:
+            one, other = np.broadcast_arrays(one, other)
         one, other = one.ravel(), other.ravel()
         differ = one != other
         one, other = one[differ], other[differ]
@@ -131,7 +132,8 @@ class Ledger:
         if self._root is None:
             return True
         one, other = self._root[one], self._root[other]
-        return bool(((one == other) | (one == 0) | (other == 0)).all())
+        equal = one == other
+        return bool(equal.all()) or bool((equal | (one == 0) | (other == 0)).all())
 
     def keep_rectangular(self, atoms: Atoms, reason: str) -> None:
         """One axis was cut into several: what goes must be whole lines along one of them; `resolve` says which."""
@@ -155,6 +157,11 @@ class Ledger:
         self._eithers = [demand for demand in self._eithers if demand[0] not in steps]
         self._pins = [demand for demand in self._pins if demand[0] not in steps]
         self._rectangles = [demand for demand in self._rectangles if demand[0] not in steps]
+
+    @property
+    def undecided(self) -> bool:
+        """Whether `resolve` has to choose between what could go."""
+        return bool(self._eithers or self._rectangles)
 
     def touched(self, count: int) -> NDArray[np.bool_]:
         """Which of the atoms any operator has spoken of."""
@@ -202,6 +209,25 @@ class Ledger:
         return components(count, [one for _, one, _ in self._unions], [other for _, _, other in self._unions])
 
 
+class Unheard(Ledger):
+    """The ledger of a proof, which asks what is settled already; nobody reads what its operators demand."""
+
+    def unite(self, one: Atoms, other: Atoms, reason: str) -> None:
+        pass
+
+    def unite_or_fix(self, wide: Atoms, narrow: Atoms, reason: str) -> None:
+        pass
+
+    def pin(self, atoms: Atoms, reason: str) -> None:
+        pass
+
+    def keep_rectangular(self, atoms: Atoms, reason: str) -> None:
+        pass
+
+    def note_size(self, where: str, axis: int, size: int, atoms: Atoms, pieces: Shape = (), index: int = 0) -> None:
+        pass
+
+
 def _is_whole(values: NDArray[Any], narrow: Atoms) -> bool:
     """Whether an array is constant along the axes along which another varies."""
     axes = [axis for axis, size in enumerate(narrow.shape) if size > 1]
@@ -238,11 +264,17 @@ def fit(factor: Factor, ndim: int) -> Factor:
 def compress(atoms: Atoms) -> Atoms:
     """Size 1 along every axis on which the array is constant."""
     for axis, size in enumerate(atoms.shape):
-        if size > 1:
+        if size > 1 and not _differs_at_once(atoms, axis):
             first = atoms.take([0], axis)
             if (atoms == first).all():
                 atoms = first
     return atoms
+
+
+def _differs_at_once(atoms: Atoms, axis: int) -> bool:
+    """Whether the first two elements along an axis differ, as they do almost always where any do."""
+    second = (0,) * axis + (1,) + (0,) * (atoms.ndim - axis - 1)
+    return atoms.size > 0 and atoms.item(0) != atoms.item(second)
 
 
 def reshape(atoms: Atoms, old: Shape, new: Shape) -> Atoms:

@@ -17,12 +17,14 @@ from torch import nn
 
 from torchtrim import criteria
 from torchtrim._cost import Cost, measure_beside
+from torchtrim._forward import Forward
 from torchtrim._graph import trace
 from torchtrim._history import history
 from torchtrim._measure import profile
-from torchtrim._pass import Forward
 from torchtrim._plan import Plan
 from torchtrim._profile import Profile
+from torchtrim._reconstruction import reconstruction
+from torchtrim._repair import Ways, checked_ways, repair
 from torchtrim._select import Rule, check_layers, resolve_rule, select
 from torchtrim._surgery import trim
 from torchtrim._unmeasured import unmeasured
@@ -32,7 +34,7 @@ from torchtrim.errors import TorchtrimError
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What `evaluate` said of the model before the round, right after trimming, and after retraining."""
+    """What `evaluate` said of the model before the round, after trimming (and repair), and after retraining."""
 
     before: float
     trimmed: float
@@ -160,6 +162,7 @@ def iterate(
     seed: int = 0,
     done: Sequence[Round] = (),
     through_norms: bool = False,
+    repair: Ways | None = None,
 ) -> Iterator[Round]:
     """Trim a model round by round; yields a `Round` after each. `model` itself is not changed.
 
@@ -169,7 +172,8 @@ def iterate(
     evaluate: the accuracy that stop conditions look at; use data that is not the test set. test: an accuracy that
     is only reported. layers: names or patterns, `Progressive(...)`, or None for all that can be trimmed.
     done: rounds of an interrupted loop of the same arguments; it goes on after them, with the same result as without
-    the interruption. through_norms: as for `trace`.
+    the interruption. through_norms: as for `trace`. repair: how each trimmed model is repaired from `batches` before it
+    is retrained, as for `repair`; None: it is not.
 
     Raises, before any work: TraceError when the model cannot run on the example, PlanError for unknown or locked
     layers, or when none can be trimmed. Surgery and measuring raise theirs.
@@ -177,6 +181,7 @@ def iterate(
     graph = trace(model, example, through_norms=through_norms)
     check_layers(unmeasured(model, graph), None if isinstance(layers, Progressive) else layers)
     criteria.resolve(criterion)
+    ways = None if repair is None else checked_ways(repair)
     if isinstance(batches, Iterator):
         raise TorchtrimError(
             f"batches: expected data that can be read once a round, such as a list or a DataLoader, found the "
@@ -184,7 +189,7 @@ def iterate(
         )
     rule = resolve_rule(rule)
     settings = _Settings(
-        example, batches, retrain, evaluate, rule, stop, layers, criterion, test, forward, seed, through_norms
+        example, batches, retrain, evaluate, rule, stop, layers, criterion, test, forward, seed, through_norms, ways
     )
     return _rounds(model, settings, list(done))
 
@@ -203,6 +208,7 @@ class _Settings:
     forward: Forward | None
     seed: int
     through_norms: bool
+    repair: Ways | None
 
 
 def _rounds(ancestor: nn.Module, settings: _Settings, done: list[Round]) -> Iterator[Round]:
@@ -230,7 +236,7 @@ def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Sett
         layers = _layers_left(settings.layers, measured, last)
         if layers is not None and not layers:
             return None
-        plan = select(measured, rule=settings.rule, layers=layers, criterion=settings.criterion)
+        plan = select(measured, rule=settings.rule, layers=layers, criterion=_criterion(model, layers, settings))
     if not plan.removed:
         return None
     with clock("evaluate"):
@@ -240,6 +246,9 @@ def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Sett
         small = trim(model, plan, settings.example)
     if not (plan := history(small).plans[-1]).removed:
         return None
+    if settings.repair is not None:
+        with clock("repair"):
+            small = repair(small, model, settings.example, settings.batches, settings.repair, forward=settings.forward)
     with clock("evaluate"):
         trimmed, trimmed_test = settings.evaluate(small), settings.test and settings.test(small)
     with clock("retrain"), _seeded(settings.seed, number):
@@ -262,6 +271,17 @@ def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Sett
         Accuracy(before, trimmed, retrained),
         test,
         clock.seconds,
+    )
+
+
+def _criterion(model: nn.Module, layers: Sequence[str] | None, settings: _Settings) -> Criterion:
+    """The criterion; one that needs more than a profile is measured."""
+    criterion = criteria.resolve(settings.criterion)
+    if criterion is not criteria.reconstruction:
+        return criterion
+    norms = settings.through_norms
+    return reconstruction(
+        model, settings.example, settings.batches, layers, forward=settings.forward, through_norms=norms
     )
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchtrim._labels import UNKNOWN, Labels
-from torchtrim._operators import tensors
 from torchtrim._origins import NOWHERE, Origin
 
 Memory = tuple[int, int]
@@ -48,21 +47,24 @@ def origin_of(tensor: Tensor) -> Origin:
 def memory_among(tensor: Tensor, operands: Sequence[Tensor]) -> Memory:
     """The memory of a tensor: that of the operand whose storage it has, or a storage of its own."""
     storage = tensor.untyped_storage()._cdata
-    marks = (mark for operand in operands if (mark := mark_of(operand)) is not None)
-    return next((mark.memory for mark in marks if mark.memory[0] == storage), (storage, 0))
+    for operand in operands:
+        mark = mark_of(operand)
+        if mark is not None and mark.memory[0] == storage:
+            return mark.memory
+    return storage, 0
 
 
-def value_of(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def value_of(
+    name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: Sequence[Tensor]
+) -> Tensor | None:
     """What an operator gives on tensors without data, where inputs and constants alone decide it, such as a mask.
 
     Code looks at such tensors (`if mask.all()`), which then needs no weights.
     """
-    operands = tensors([*args, *kwargs.values()])
-    known = [_known(operand) for operand in operands]
-    on_meta = any(one.is_meta for one in operands) or str(kwargs.get("device")) == "meta"
-    if not on_meta or any(one is None for one in known) or (not operands and name not in _CONSTANTS):
+    if any(_known(operand) is None for operand in operands) or (not operands and name not in _CONSTANTS):
         return None
-    if function._schema.is_mutable or torch.Tag.nondeterministic_seeded in function.tags:
+    on_meta = any(one.is_meta for one in operands) or str(kwargs.get("device")) == "meta"
+    if not on_meta or function._schema.is_mutable or torch.Tag.nondeterministic_seeded in function.tags:
         return None
     with suppress(Exception):  # what cannot be told so, is not
         on_cpu = {key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items()}

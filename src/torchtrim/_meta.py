@@ -3,6 +3,7 @@
 PyTorch's own kernels for the meta device take up to milliseconds, since some are written in Python.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def computed(name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, 
     recipe = _recipes.get(form)
     if recipe is None:
         result = function(*args, **kwargs)
-        recipe = _recipe(function, result)
+        recipe = _recipe(function, args[0] if args else None, result)
         if recipe is None:
             _UNLIKE.add(function)
         else:
@@ -44,6 +45,7 @@ _ITSELF: _Recipe = ()  # in place: the first operand
 _recipes: dict[tuple[Any, ...], _Recipe] = {}
 _MOST = 50_000
 _UNLIKE: set[Any] = set()  # operators whose results do not follow from shapes alone, or share memory
+_IN_PLACE = re.compile("aten::.*[^_]_")
 _PLAIN = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout])
 
 
@@ -67,11 +69,11 @@ def _form(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     return tuple(form) if meta else None
 
 
-def _recipe(function: Any, result: Any) -> _Recipe | None:
+def _recipe(function: Any, first: Any, result: Any) -> _Recipe | None:
     schema = function._schema
     if any(one.alias_info is not None for one in schema.returns):
-        in_place = torch.Tag.pointwise in function.tags and schema.name.endswith("_") and isinstance(result, Tensor)
-        return _ITSELF if in_place else None
+        in_place = _IN_PLACE.fullmatch(schema.name) and torch.Tag.inplace_view not in function.tags
+        return _ITSELF if in_place and result is first else None
     results = result if isinstance(result, tuple) else (result,)
     plain = (one is None or (type(one) is Tensor and one.is_meta and not one.storage_offset()) for one in results)
     if schema.is_mutable or not results or not all(plain):

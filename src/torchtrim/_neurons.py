@@ -75,6 +75,7 @@ class NeuronGraph:
 
     `axes`: the roots of every axis of every tensor; `atoms`: the atoms that these are the roots of.
     `sizes`: what the modules' own code gave to labelled axes. `through_norms`: whether what norms average over may go.
+    `certain`: whether a trial cut can teach nothing, since the model's code was seen to know none of its widths.
     """
 
     layers: Mapping[str, Layer]
@@ -89,6 +90,7 @@ class NeuronGraph:
     descriptions: tuple[Description, ...] = ()
     sizes: tuple[Size, ...] = ()
     through_norms: bool = False
+    certain: bool = False
 
     @property
     def locked(self) -> dict[str, str]:
@@ -193,11 +195,14 @@ def cut(graph: NeuronGraph, sources: Mapping[str, Tensor], kept: Kept) -> dict[s
 
 
 def _sliced(tensor: Tensor, axes: tuple[Atoms, ...], kept: Kept) -> Tensor:
+    kept_along = {axis: kept[roots] for axis, roots in enumerate(axes) if roots.size > 1}
+    cuts = {axis: np.flatnonzero(keep) for axis, keep in kept_along.items() if not keep.all()}
     sliced = tensor
-    for axis, roots in enumerate(axes):
-        keep = kept[roots] if roots.size > 1 else np.ones(roots.size, bool)
-        if not keep.all():
-            sliced = sliced.index_select(axis, torch.from_numpy(np.flatnonzero(keep)).to(tensor.device))
+    if cuts and tensor.is_meta:
+        sliced = tensor.new_empty([len(cuts[axis]) if axis in cuts else size for axis, size in enumerate(tensor.shape)])
+    else:
+        for axis, positions in cuts.items():
+            sliced = sliced.index_select(axis, torch.from_numpy(positions).to(tensor.device))
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = formats.get(tensor.ndim)
     if sliced is not tensor and last and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous():

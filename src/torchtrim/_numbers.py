@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchtrim._marks import mark_of
@@ -24,23 +23,32 @@ def constants_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         values = [len(args[1]), *args[2:], *kwargs.values()]
     else:
         values = [*args, *kwargs.values()]
-    return tuple(_constant(leaf) for leaf in pytree.tree_leaves(values))
+    return tuple([_constant(leaf) for value in values for leaf in _leaves(value)])
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What lists hold: what operators are given is never nested deeper."""
+    return list(value) if type(value) in (list, tuple) else [value]
 
 
 def _constant(value: Any) -> Any:
     """A number or a text as it is; where a tensor is, or nothing; what seeds a generator, and what kind the rest is."""
     if value is None or isinstance(value, (int, float, complex, str)):
         return value
+    if isinstance(value, Tensor):
+        return "tensor"
     if isinstance(value, torch.Generator):
         return "generator", value.initial_seed()
-    return "tensor" if isinstance(value, Tensor) else type(value).__name__
+    return type(value).__name__
 
 
 def held_by_code(operands: list[Tensor]) -> tuple[Any, ...]:
     """The values of tensors that no operator made: numbers that the model's own code holds."""
-    held = [t for t in operands if t.device.type == "cpu" and mark_of(t) is None]
+    held = [one for one in operands if mark_of(one) is None and one.device.type == "cpu"]
+    if not held:
+        return ()
     with _disable_current_modes():
-        return tuple(value for t in held for value in _values(t.detach()))
+        return tuple(value for one in held for value in _values(one.detach()))
 
 
 def _values(tensor: Tensor) -> list[Any]:

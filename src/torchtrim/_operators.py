@@ -7,11 +7,11 @@ The rows of products, statistics and shapes are in rooms of their own.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from torchtrim._labels import UNIFORM, Atoms, Factor, Labels, Ledger, Shape, fit
 
@@ -54,7 +54,8 @@ class Call:
         for factor in factors:
             current: Factor | None = factor
             for axis in axes:
-                current = self.fix(current, axis, why) if current else None
+                if current and current.varies(axis):
+                    current = self.fix(current, axis, why)
             if current:
                 kept.append(current)
         return kept
@@ -103,25 +104,33 @@ def operand(call: Call, tensor: Tensor) -> Operand:
 
 def distinct_shape(tensor: Tensor) -> Shape:
     """The shape without what `expand` added: there all elements are one and the same, so that any size will do."""
-    return tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    strides = tensor.stride()
+    if 0 not in strides:
+        return tensor.shape
+    return tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, strides, strict=True))
 
 
 def merge(call: Call, operands: Sequence[Operand], zero: Callable[[Flags], bool]) -> list[Factor]:
     """Unite the labels of broadcast operands; `zero` says from the operands' flags whether the result is zero."""
     ndim = max((len(shape) for _, shape, _ in operands), default=0)
     found: list[tuple[Factor, Flags]] = []
-    for index, (factors, _, _) in enumerate(operands):
-        for raw in factors:
-            factor = fit(raw, ndim)
+    fixed: set[int] = set()  # axes along which some operand has a size but no neurons, so that it cannot follow
+    for index, (factors, shape, uniform) in enumerate(operands):
+        missing = ndim - len(shape)
+        own = [fit(factor, ndim) for factor in factors]
+        for factor in own:
             flags = _united(call, found, factor)
             if flags is None:
                 flags = Flags([None] * len(operands))
                 found.append((factor, flags))
             flags[index] = factor.zero
+        if not uniform:
+            covered = {axis for factor in own for axis in factor.axes()}
+            fixed.update(i for i, size in enumerate(shape, missing) if size > 1 and i not in covered)
     merged: list[Factor] = []
     for factor, flags in found:
         current: Factor | None = factor
-        for axis in _fixed_axes(factor, operands, ndim):
+        for axis in fixed.intersection(factor.axes()) if fixed else ():
             current = call.fix(current, axis, "combined with a tensor of fixed size") if current else None
         if current:
             merged.append(Factor(current.atoms, zero(flags)))
@@ -138,23 +147,11 @@ def _united(call: Call, found: list[tuple[Factor, Flags]], factor: Factor) -> Fl
             call.ledger.unite_or_fix(other.atoms, factor.atoms, call.reason("combined"))
         elif others < axes and others:
             call.ledger.unite_or_fix(factor.atoms, other.atoms, call.reason("combined"))
-        elif axes & others:
+        elif not axes.isdisjoint(others):
             call.ledger.unite(other.atoms, factor.atoms, call.reason("combined"))
             if other.atoms.shape == factor.atoms.shape and call.ledger.agree(other.atoms, factor.atoms):
                 same = flags
     return same
-
-
-def _fixed_axes(factor: Factor, operands: Sequence[Operand], ndim: int) -> list[int]:
-    """The axes of a factor along which some operand has a size but no neurons, so that it cannot follow."""
-    fixed: list[int] = []
-    for factors, shape, uniform in operands:
-        if uniform:
-            continue
-        covered = {axis for one in factors for axis in fit(one, ndim).axes()}
-        sizes = (1,) * (ndim - len(shape)) + tuple(shape)
-        fixed += [axis for axis in factor.axes() if sizes[axis] > 1 and axis not in covered]
-    return fixed
 
 
 def all_zero(flags: Flags) -> bool:
@@ -205,6 +202,10 @@ def pointwise(call: Call) -> Labels:
         return labels[0]
     if len(operands) == 1:
         zero = all_zero if _keeps_zero(call) else never_zero
+        if len(labels[0].factors) == 1:
+            (factor,) = labels[0].factors
+            zeros = factor.zero and zero is all_zero
+            return labels[0] if zeros == factor.zero else labels[0].with_factors([Factor(factor.atoms, False)])
     elif call.name == "masked_fill":
         zero = first_zero if call.args[2] == 0 else never_zero
     else:
@@ -213,18 +214,41 @@ def pointwise(call: Call) -> Labels:
     return Labels(tuple(factors), all(one.static for one in labels))
 
 
+@dataclass(frozen=True)
+class _Zero:
+    """Stands for a tensor of which only the type matters."""
+
+    dtype: torch.dtype
+
+
 def _keeps_zero(call: Call) -> bool:
     """Whether a function of one tensor maps zero to zero: it is asked."""
+    names = tuple(name for name in call.kwargs if name not in ("device", "out", "memory_format"))
+    values = (*call.args, *(call.kwargs[name] for name in names))
+    return _maps_zero_to_zero(call.function, names, *map(_without_tensors, values))
 
-    def zeros(value: Any) -> Any:
-        return torch.zeros((), dtype=value.dtype) if isinstance(value, Tensor) else value
 
-    kwargs = {name: value for name, value in call.kwargs.items() if name not in ("device", "out", "memory_format")}
+def _without_tensors(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_without_tensors, value))
+    return _Zero(value.dtype) if isinstance(value, Tensor) else value
+
+
+def _with_zeros(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_with_zeros, value))
+    return torch.zeros((), dtype=value.dtype) if isinstance(value, _Zero) else value
+
+
+@lru_cache(maxsize=None, typed=True)  # 1 and 1.0 are not the same to an operator
+def _maps_zero_to_zero(function: Any, names: tuple[str, ...], *values: Any) -> bool:
+    args = [_with_zeros(value) for value in values]
+    count = len(args) - len(names)
     try:
-        values = call.function(*pytree.tree_map(zeros, call.args), **pytree.tree_map(zeros, kwargs))
+        found = function(*args[:count], **dict(zip(names, args[count:], strict=True)))
     except Exception:  # an operator of a user's, which may not take a number
         return False
-    first = values[0] if isinstance(values, (tuple, list)) else values
+    first = found[0] if isinstance(found, (tuple, list)) else found
     return isinstance(first, Tensor) and first.device.type == "cpu" and bool(first == 0)
 
 

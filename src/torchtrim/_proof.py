@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchtrim._attention import generalise
 from torchtrim._copies import compacted, named_tensors, rebuild
 from torchtrim._flow import OUTPUT, Step
-from torchtrim._labels import Atoms, Factor, Labels, Ledger, Shape, canonical
+from torchtrim._labels import Atoms, Factor, Labels, Ledger, Shape, Unheard, canonical
 from torchtrim._neurons import Kept, NeuronGraph, cut, memory_of, silence
 from torchtrim._origins import Look, Piece
 from torchtrim._run import RunError, run
@@ -65,7 +65,8 @@ def prove(
             example = graph.training_example if training else graph.example
             own = not keep and len(graph.recordings) == 1 and graph.device == "meta"
             copy = generalise(trimmed) if own else on_device(trimmed, graph.device)
-            flow = run(copy, example, labels, graph.ledger(settled), training=training, device=graph.device)
+            ledger = Unheard(settled, through_norms=graph.through_norms)
+            flow = run(copy, example, labels, ledger, training=training, device=graph.device)
         except RunError as error:
             return _blame_error(graph, kept, steps, error)._replace(reached=reached + len(error.flow.steps))
         reached += len(flow.steps)
@@ -99,9 +100,12 @@ def numbered(model: nn.Module, axes: Mapping[str, tuple[Atoms, ...]]) -> dict[st
     """The labels of parameters and buffers. A silent neuron's parameters are zero; its buffers are what they were."""
     labels: dict[str, Labels] = {}
     for name, tensor in named_tensors(model).items():
-        shapes = [[-1 if i == axis else 1 for i in range(tensor.ndim)] for axis in range(tensor.ndim)]
-        zero = isinstance(tensor, nn.Parameter)
-        factors = [Factor(a.reshape(s), zero) for a, s in zip(axes[name], shapes, strict=True) if a.size > 1]
+        zero, last = isinstance(tensor, nn.Parameter), tensor.ndim - 1
+        factors = [
+            Factor(atoms.reshape(*(1,) * axis, -1, *(1,) * (last - axis)), zero)
+            for axis, atoms in enumerate(axes[name])
+            if atoms.size > 1
+        ]
         labels[name] = Labels(tuple(factors), static=True)
     return labels
 
@@ -205,24 +209,45 @@ def _cut_layers(graph: NeuronGraph, kept: Kept, found: set[int]) -> set[int]:
     return blamed
 
 
-@dataclass(frozen=True, eq=False)
-class _Expected:
-    """What a label must be after the cut. `lines`: which positions are kept along axes counted from the end.
+_Content = tuple[Shape, bytes]  # tells factors apart: by atoms, not roots, since positions of one neuron have an order
 
-    `factors`: each remaining factor's shape and content, with the atoms it speaks of. None where what is removed is
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What one factor must be after the cut. `lines`: which positions are kept along axes counted from the end.
+
+    `left`: the remaining atoms, if no other factor cuts along the same axes. `lines` is None where what is removed is
     not rectangular, so that no tensor can be left.
     """
 
+    atoms: Atoms
+    lines: Mapping[int, NDArray[np.bool_]] | None
+    left: Atoms
+
+
+@dataclass(frozen=True, eq=False)
+class _Expected:
+    """What a label must be after the cut. `lines` as of a part; `counts`: how many positions are kept in each.
+
+    `factors`: each remaining factor's content, with the atoms it speaks of. None where no tensor can be left.
+    """
+
     lines: Mapping[int, NDArray[np.bool_]]
-    factors: Mapping[tuple[Shape, bytes], Atoms] | None
+    counts: Mapping[int, int]
+    factors: Mapping[_Content, Atoms] | None
 
 
 @dataclass(eq=False)
 class _Expectations:
-    """Compares labels of the original with those of the trimmed model, each pair once."""
+    """Compares labels of the original with those of the trimmed model, each pair once.
+
+    Whatever is remembered by its identity is kept beside, so that no other takes its place.
+    """
 
     root: Atoms
     kept: Kept
+    parts: dict[int, tuple[_Part | None, Atoms]] = field(default_factory=dict)
+    contents: dict[int, tuple[dict[_Content, Atoms], Atoms]] = field(default_factory=dict)
     expected: dict[int, tuple[_Expected, Labels]] = field(default_factory=dict)
     differences: dict[tuple[int, int], tuple[set[int] | None, Labels, Labels]] = field(default_factory=dict)
 
@@ -266,11 +291,13 @@ class _Expectations:
         return (old.axis, int(line.sum())) == (new.axis, new.length) and expected.tolist() == list(new.positions)
 
     def _fits(self, old_shape: Shape, labels: Labels, new_shape: Shape, loose: bool) -> bool:
-        counts = {axis: int(line.sum()) for axis, line in self._expect(labels).lines.items()}
         ndim = len(old_shape)
-        return len(new_shape) == ndim and (
-            (labels.uniform and loose) or all(new_shape[i] == counts.get(i - ndim, old_shape[i]) for i in range(ndim))
-        )
+        if len(new_shape) != ndim or (labels.uniform and loose):
+            return len(new_shape) == ndim
+        expected = [*old_shape]
+        for axis, count in self._expect(labels).counts.items():
+            expected[axis] = count
+        return expected == [*new_shape]
 
     def _difference(self, old: Labels, new: Labels) -> set[int] | None:
         key = id(old), id(new)
@@ -282,7 +309,7 @@ class _Expectations:
         expected = self._expect(old)
         if expected.factors is None or old.uniform != new.uniform:
             return self._roots(old)
-        found = _contents(factor.atoms for factor in new.factors)
+        found = {key: atoms for factor in new.factors for key, atoms in self._content(factor.atoms).items()}
         missing = [atoms for key, atoms in expected.factors.items() if key not in found]
         # where one body alone is left, a tensor of size 1 may have met it, which has no label
         unequal = [atoms for atoms in missing if canonical(atoms, self.root) is not None]
@@ -298,18 +325,43 @@ class _Expectations:
         return self.expected[id(old)][0]
 
     def _expectation(self, old: Labels) -> _Expected:
-        factors = [atoms for f in old.factors if (atoms := canonical(f.atoms)) is not None]
+        parts = [part for factor in old.factors if (part := self._part(factor.atoms)) is not None]
         lines: dict[int, NDArray[np.bool_]] = {}
-        for atoms in factors:
-            keep = self.kept[self.root[atoms]]
-            kept_lines = [np.atleast_1d(keep.any(axis=_all_but(axis, keep.ndim))) for axis in range(keep.ndim)]
-            if keep.sum() != math.prod(int(line.sum()) for line in kept_lines):
-                return _Expected({}, None)
-            for axis, line in enumerate(kept_lines):
-                if len(line) > 1:
-                    where = axis - keep.ndim
-                    lines[where] = lines[where] & line if where in lines else line
-        return _Expected(lines, _contents(_taken(atoms, lines) for atoms in factors))
+        overlap = False
+        for part in parts:
+            if part.lines is None:
+                return _Expected({}, {}, None)
+            for axis, line in part.lines.items():
+                overlap = overlap or axis in lines
+                lines[axis] = lines[axis] & line if axis in lines else line
+        left = [_taken(part.atoms, lines) if overlap else part.left for part in parts]
+        counts = {axis: int(np.count_nonzero(line)) for axis, line in lines.items()}
+        return _Expected(lines, counts, {key: one for atoms in left for key, one in self._content(atoms).items()})
+
+    def _part(self, atoms: Atoms) -> _Part | None:
+        if id(atoms) not in self.parts:
+            short = canonical(atoms)
+            self.parts[id(atoms)] = None if short is None else self._cut(short), atoms
+        return self.parts[id(atoms)][0]
+
+    def _cut(self, atoms: Atoms) -> _Part:
+        keep = self.kept[self.root[atoms]]
+        axes = [axis for axis, size in enumerate(atoms.shape) if size > 1]
+        if len(axes) == 1:
+            lines = {axes[0] - keep.ndim: keep.ravel()}
+        else:
+            lines = {axis - keep.ndim: np.atleast_1d(keep.any(axis=_all_but(axis, keep.ndim))) for axis in axes}
+        if np.count_nonzero(keep) != math.prod(map(np.count_nonzero, lines.values())):
+            return _Part(atoms, None, atoms)
+        return _Part(atoms, lines, _taken(atoms, lines))
+
+    def _content(self, atoms: Atoms) -> dict[_Content, Atoms]:
+        """What tells a factor apart, with its atoms; nothing if it does not vary."""
+        if id(atoms) not in self.contents:
+            short = canonical(atoms)
+            content = {} if short is None else {(short.shape, short.tobytes()): short}
+            self.contents[id(atoms)] = content, atoms
+        return self.contents[id(atoms)][0]
 
 
 def _all_but(axis: int, ndim: int) -> tuple[int, ...]:
@@ -321,9 +373,3 @@ def _taken(atoms: Atoms, lines: Mapping[int, NDArray[np.bool_]]) -> Atoms:
         if size > 1:
             atoms = atoms.take(np.flatnonzero(lines[axis - atoms.ndim]), axis)
     return atoms
-
-
-def _contents(factors: Iterable[Atoms]) -> dict[tuple[Shape, bytes], Atoms]:
-    """Atoms, not roots: several positions of one neuron have an order too."""
-    short = [atoms for factor in factors if (atoms := canonical(factor)) is not None]
-    return {(atoms.shape, np.ascontiguousarray(atoms).tobytes()): atoms for atoms in short}

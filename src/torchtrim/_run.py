@@ -4,8 +4,10 @@ Works on a copy whose tensors are replaced (`rebuild`), on the meta device where
 model is never touched and no arithmetic is done.
 """
 
+import gc
 from collections.abc import Generator, Iterator, Mapping, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from torchtrim._copies import call_arguments, named_modules, named_tensors
+from torchtrim._copies import call_arguments, modules_of, named_modules, named_tensors
+from torchtrim._doubts import tells_widths
 from torchtrim._flow import IS_OUTPUT, Flow, Step
 from torchtrim._labels import UNKNOWN, Labels, Ledger
 from torchtrim._marks import SMALL, mark_of, memory_among, origin_of
@@ -27,9 +30,10 @@ from torchtrim.errors import TraceError
 _MAKERS = frozenset([torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor, Tensor.new])
 _INDEXERS = frozenset([Tensor.__getitem__, Tensor.__setitem__])
 _RMS_NORMS = frozenset([torch.rms_norm, F.rms_norm])
-_DATA = Tensor.data
+_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 # Functions that hand the data of a tensor to Python.
 _READERS = frozenset([Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__])
+_WATCHED = _MAKERS | _INDEXERS | _RMS_NORMS | _READERS | {_DATA}
 
 
 class _Data(TorchFunctionMode):
@@ -42,9 +46,18 @@ class _Data(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
+        self.flow.knows_widths = self.flow.knows_widths or tells_widths(func, args, kwargs)
+        self.flow.announced = True
+        try:
+            return self._watched(func, args, kwargs) if func in _WATCHED else func(*args, **kwargs)
+        finally:
+            self.flow.announced = False
+
+    def _watched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        where = self.flow.where[-1]
         if func in _MAKERS:
             numbers = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, (int, float)))
-            where = self.flow.where[-1] if self.flow.where else ""
             self.flow.steps.append(Step("data", where, numbers))
         elif func in _INDEXERS:  # lists and ranges, of which PyTorch makes tensors unseen
             places = [one for one in pytree.tree_leaves(args[1:2]) if isinstance(one, range)]
@@ -52,11 +65,9 @@ class _Data(TorchFunctionMode):
             numbers = [leaf for one in lists if isinstance(one, list) for leaf in pytree.tree_leaves(one)]
             numbers += [number for place in places for number in place]
             if numbers:
-                where = self.flow.where[-1] if self.flow.where else ""
                 constants = tuple(one for one in numbers if isinstance(one, (int, float)))
                 self.flow.steps.append(Step("data", where, constants))
         elif func in _RMS_NORMS:  # made of other operators, which do not hear of the shape that it is told
-            where = self.flow.where[-1] if self.flow.where else ""
             factors = self.flow.read(args[0]).factors
             note_normalized(self.flow.ledger, where, factors, args[0].ndim, args[1])
         elif func in _READERS:
@@ -68,8 +79,8 @@ class _Data(TorchFunctionMode):
             mark = mark_of(args[0])
             if args[0].is_meta and mark is not None and mark.value is not None:
                 args = (mark.value, *args[1:])
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "__self__", None) is _DATA and isinstance(result, Tensor):  # `.data`, which no operator makes
+        result = func(*args, **kwargs)
+        if func == _DATA and isinstance(result, Tensor):  # which no operator makes
             self.flow.mark(result, self.flow.read(args[0]), origin_of(args[0]), memory_among(args[0], [args[0]]))
         return result
 
@@ -90,7 +101,7 @@ def run(
         if name in labels:
             flow.mark(tensor, labels[name], Origin((name, 0)))
     if device == "meta":
-        _leave_data(model, flow)
+        _leave_data(flow)
     args, kwargs = pytree.tree_map(
         lambda value: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value,
         call_arguments(example),
@@ -103,20 +114,28 @@ def run(
     model.train(training)
     devices = [] if torch.device(device).type in ("cpu", "meta") else [device]
     try:
-        with _located(model, flow), _unfused(), torch.random.fork_rng(devices), torch.no_grad(), flow, _Data(flow):
+        with (
+            _located(flow),
+            _unfused(),
+            _uncollected(),
+            torch.random.fork_rng(devices),
+            torch.no_grad(),
+            flow,
+            _Data(flow),
+        ):
             outputs = model(*args, **kwargs)
     except Exception as error:
         raise RunError(flow, error) from error
-    held = [vars(module).items() for module in model.modules()]
+    held = [vars(module).items() for module in modules_of(model)]
     kept = tensors(value for some in held for name, value in some if name not in ("_parameters", "_buffers"))
     flow.finish(_outputs(outputs, set()), kept)
     return flow
 
 
-def _leave_data(model: nn.Module, flow: Flow) -> None:
+def _leave_data(flow: Flow) -> None:
     """Take the data from tensors that modules hold besides parameters and buffers, such as grids; note small ones."""
     left: dict[int, Tensor] = {}
-    for name, module in named_modules(model).items():
+    for name, module in flow.modules.items():
         for key, tensor in vars(module).items():
             if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta:
                 if id(tensor) not in left:
@@ -138,17 +157,26 @@ class RunError(TraceError):
 
 
 @contextmanager
-def _located(model: nn.Module, flow: Flow) -> Generator[None]:
-    """Tell the flow which module is running. What has raised is not left, so that the error can say where it was."""
-    with ExitStack() as handles:
-        for name, module in named_modules(model).items():
-            handles.enter_context(module.register_forward_pre_hook(lambda *_, name=name: flow.where.append(name)))
-            handles.enter_context(module.register_forward_hook(lambda *_: _ignore(flow.where.pop())))
+def _located(flow: Flow) -> Generator[None]:
+    """Tell the flow which module is running, in the place that PyTorch keeps for other ways to call a module.
+
+    Hooks would do, at the price of PyTorch's slow path through every call.
+    """
+    for name, module in flow.modules.items():
+        vars(module)["_compiled_call_impl"] = partial(_called, flow.where, name, module)
+    try:
         yield
+    finally:
+        for module in flow.modules.values():
+            del vars(module)["_compiled_call_impl"]
 
 
-def _ignore(_: Any) -> None:
-    """A hook that returns something would replace the module's output."""
+def _called(where: list[str], name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A module's call. What has raised is not left, so that the error can say where it was."""
+    where.append(name)
+    result = module._call_impl(*args, **kwargs)
+    where.pop()
+    return result
 
 
 @contextmanager
@@ -160,6 +188,18 @@ def _unfused() -> Generator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """The many small objects of a run are kept anyway, so that looking for cycles among them is in vain."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _outputs(value: Any, seen: set[int], reason: str = IS_OUTPUT) -> list[tuple[Tensor, str]]:

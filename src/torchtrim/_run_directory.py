@@ -24,10 +24,11 @@ from torch import nn
 from torchtrim import criteria
 from torchtrim._cost import Cost
 from torchtrim._files import hold, is_partial, write_whole
+from torchtrim._forward import Forward
 from torchtrim._loop import Accuracy, Evaluate, Progressive, Retrain, Round, Stop, iterate
-from torchtrim._pass import Forward
 from torchtrim._plan import Plan
 from torchtrim._profile import Profile
+from torchtrim._repair import Ways, checked_ways
 from torchtrim._select import Rule
 from torchtrim._store import library_version, read_facts, read_model, write_model
 from torchtrim.criteria import Criterion
@@ -54,6 +55,7 @@ def run(
     test: Evaluate | None = None,
     forward: Forward | None = None,
     seed: int = 0,
+    repair: Ways | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> list[Round]:
@@ -70,6 +72,7 @@ def run(
         "layers": _name(layers) if isinstance(layers, Progressive) else layers and list(layers),
         "criterion": _name(criteria.resolve(criterion)),
         "seed": seed,
+        **({} if repair is None else {"repair": list(checked_ways(repair))}),
     }
     with RunDirectory.open(directory, settings, asdict(stop), resume=resume, overwrite=overwrite) as kept:
         ancestor = kept.ancestor(model)
@@ -88,6 +91,7 @@ def run(
             forward=forward,
             seed=seed,
             done=done,
+            repair=repair,
         )
         if ancestor is None:
             kept.keep_ancestor(model, {})

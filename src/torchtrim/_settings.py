@@ -5,9 +5,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torchtrim._loop import Progressive, Stop
+from torchtrim._repair import Way, checked_ways
 from torchtrim._select import MeanPlusStd, Rule
 from torchtrim._source import Source
 from torchtrim._training import Training
@@ -27,6 +28,7 @@ class Settings:
     rule: Rule = field(default_factory=MeanPlusStd)
     criterion: str = "apoz"
     through_norms: bool = False
+    repair: tuple[Way, ...] = ()
 
     def described(self) -> dict[str, Any]:
         """What decides the result, as JSON can hold it; not where, nor on what device, nor when it stops."""
@@ -37,6 +39,7 @@ class Settings:
             "rule": str(self.rule),
             "criterion": self.criterion,
             **({"through_norms": True} if self.through_norms else {}),
+            **({"repair": list(self.repair)} if self.repair else {}),
             **_described("training", self.training),
             **_described("retraining", self.retraining),
         }
@@ -83,6 +86,11 @@ def layers_named(names: Sequence[str], progressive: int | None) -> tuple[str, ..
     if single and progressive is not None:
         raise TorchtrimError("expected either layers or a number of progressive ones, found both")
     return Progressive(progressive) if progressive is not None else single or None
+
+
+def ways_named(text: str | None) -> tuple[Way, ...]:
+    """The ways of repair that are asked for, with commas between; none without. Raises TorchtrimError: unknown ones."""
+    return () if text is None else checked_ways(cast(Any, [way.strip() for way in text.split(",")]))
 
 
 def usual_directory(model: str, data: str) -> Path:

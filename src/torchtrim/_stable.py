@@ -13,7 +13,7 @@ from torchtrim._select import Booleans, Limited, Rule, check_layers, resolve_rul
 from torchtrim.criteria import Criterion, Floats
 from torchtrim.errors import PlanError
 
-_FIRST = 10  # looks before the first decision, as the test is asymptotic
+_FIRST = 16  # looks before the first decision, as the test is asymptotic
 _TIGHTEST = 30  # looks after which the bounds are narrowest beside those of a single look
 
 
@@ -27,15 +27,16 @@ class Stable:
     next; give the data in random order, in batches of one size, and at least some dozens of them.
 
     The bounds are an asymptotic confidence sequence for the mean of a unit's distance to the limit, batch by batch,
-    with the limit's own movement in it (linear, by its derivative). Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas,
-    "Time-uniform central limit theory and asymptotic confidence sequences", Annals of Statistics, 2024, theorem 2.2.
+    with the limit's own movement in it (linear, by its derivative) and a variance of Student's kind. Waudby-Smith,
+    Arbour, Sinha, Kennedy, Ramdas, "Time-uniform central limit theory and asymptotic confidence sequences", Annals of
+    Statistics, 2024, theorem 2.2.
     """
 
     rule: Rule | str
     layers: Sequence[str] | None = None
     confidence: float = 0.99
     criterion: Criterion | str = criteria.apoz
-    in_doubt: float = 0.05
+    in_doubt: float = 0.02
     every: int = 1
 
     def __post_init__(self) -> None:
@@ -113,9 +114,19 @@ class Judge:
         return np.abs(scores - limit) > np.sqrt(squares / max(self._looks - 1, 1)) * self._bound()
 
     def _bound(self) -> float:
-        """Half the width of the bounds for a variance of one."""
+        """Half the width of the bounds for an estimated variance of one."""
         alpha, looks = 1 - self._stable.confidence, self._looks
         tight = -2 * math.log(alpha)
         rho = (tight + math.log(tight + 1)) / _TIGHTEST
         inside = looks * rho + 1
-        return math.sqrt(2 * inside / (looks**2 * rho) * math.log(math.sqrt(inside) / alpha))
+        quantile = math.sqrt(2 * inside / (looks * rho) * math.log(math.sqrt(inside) / alpha))
+        return _student(quantile, max(looks - 1, 1)) / math.sqrt(looks)
+
+
+def _student(quantile: float, degrees: int) -> float:
+    """The quantile of Student's distribution at the level of a normal one: the variance of few looks is uncertain.
+
+    Cornish and Fisher's expansion; Abramowitz and Stegun, equation 26.7.5.
+    """
+    z, n = quantile, degrees
+    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)

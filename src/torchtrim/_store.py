@@ -68,8 +68,9 @@ def write_model(model: nn.Module, path: Path, facts: Mapping[str, Any]) -> None:
     named = _all_tensors(model)
     _check_initialised(named, path)
     past = history(model)
-    if set(past.shapes) != set(named_tensors(model)):
-        odd = sorted(set(past.shapes) ^ set(named_tensors(model)))
+    expected = {*past.shapes, *past.biases}
+    if expected != set(named_tensors(model)):
+        odd = sorted(expected ^ set(named_tensors(model)))
         raise StoreError(
             f"{path}: the model's tensors are not named as when it was trimmed: {', '.join(odd)}; "
             "save the model itself rather than one that wraps it, and add or remove no tensors"
@@ -85,6 +86,7 @@ def write_model(model: nn.Module, path: Path, facts: Mapping[str, Any]) -> None:
         "plans": [json.loads(plan.to_json()) for plan in past.plans],
         "shapes": {name: list(shape) for name, shape in past.shapes.items()},
         "attributes": past.attributes,
+        "biases": list(past.biases),
         "tied": tied,
         "shared": shared,
         "strides": {name: strides for name, tensor in own.items() if (strides := _strides(tensor)) is not None},
@@ -158,7 +160,7 @@ class _Content:
             attributes = {name: dict(values) for name, values in content["attributes"].items()}
             plans = tuple(Plan.from_json(json.dumps(plan)) for plan in content["plans"])
             parsed = cls(
-                History(plans, shapes, attributes),
+                History(plans, shapes, attributes, tuple(map(str, content.get("biases", ())))),
                 dict(content["tied"]),
                 dict(content["shared"]),
                 {name: tuple(map(int, strides)) for name, strides in content["strides"].items()},
@@ -186,7 +188,7 @@ class _Content:
         """Raise ValueError where the metadata contradict the tensors."""
         if not all(describes(value) for values in self.history.attributes.values() for value in values.values()):
             raise ValueError("an attribute is not a width")
-        if {self.tied.get(name, name) for name in self.names} != set(self.history.shapes):
+        if {self.tied.get(name, name) for name in self.names} != {*self.history.shapes, *self.history.biases}:
             raise ValueError("the tensors and the ancestor's have other names")
         for name, shape in self.history.shapes.items():
             found = self.shapes[self.stored(name)]
@@ -207,6 +209,11 @@ def _read(model: nn.Module, path: Path) -> tuple[nn.Module, _Content]:
         fresh = named_tensors(model)
         tensors = _Tensors(file, content)
         loaded = rebuild(model, {name: tensors.of(name, old.device) for name, old in fresh.items()})
+        for name in set(content.history.biases) - set(fresh):
+            place, _, leaf = name.rpartition(".")
+            module = loaded.get_submodule(place)
+            device = next((tensor.device for tensor in module.parameters(recurse=False)), torch.device("cpu"))
+            module.register_parameter(leaf, nn.Parameter(tensors.of(name, device)))
     for name in content.tied:
         _tie(loaded, name, content.tied[name])
     modules = dict(loaded.named_modules())
@@ -251,12 +258,19 @@ def _check(model: nn.Module, content: _Content, path: Path) -> None:
             "are not the file's; build the model anew"
         )
     first = _distinct(named)[1]
+    added = set(content.history.biases)
     faults = [f"{name}: in this model, not in the file" for name in named if name not in content.names]
+    faults += [f"{name}: added by a repair in the file" for name in sorted((added & set(named)) - set(past.biases))]
     faults += [
         f"{name}: in the file, not in this model{nearest(name, set(named) - content.names)}"
-        for name in sorted(content.names - set(named))
+        for name in sorted(content.names - added - set(named))
     ]
-    for name in (name for name in named if name in content.names):
+    modules = dict(model.named_modules())
+    for name in added - set(named):
+        holder = modules.get(name.rpartition(".")[0])
+        if holder is None or "bias" not in holder._parameters:
+            faults.append(f"{name}: in the file, no bias can be added in this model")
+    for name in (name for name in named if name in content.names - added):
         expected = content.history.shapes[content.tied.get(name, name)]
         found = past.shapes.get(first.get(name, name), tuple(named[name].shape))
         if found != expected:
@@ -264,7 +278,6 @@ def _check(model: nn.Module, content: _Content, path: Path) -> None:
         other = first.get(name, name)
         if content.tied.get(name, name) != content.tied.get(other, other):
             faults.append(f"{name}: tied to {other} in this model, a tensor of its own in the file")
-    modules = dict(model.named_modules())
     for name, values in content.history.attributes.items():
         for key, value in values.items():
             found = vars(modules[name]).get(key) if name in modules else None

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from torchtrim._attention import adapt
-from torchtrim._copies import named_tensors
+from torchtrim._copies import modules_of, named_tensors
 from torchtrim._labels import Atoms, Ledger, Size, canonical
 from torchtrim._neurons import Description, Kept, NeuronGraph
 from torchtrim._operators_shapes import is_sizes
@@ -19,6 +19,7 @@ from torchtrim._operators_shapes import is_sizes
 # Where a module's weight is kept: as it is, by a parametrization, by `weight_norm` of either kind, or by `prune`.
 _WEIGHTS = ("weight", "parametrizations.weight.original", "parametrizations.weight.original1", "weight_v",
             "weight_orig")  # fmt: skip
+_WEIGHTED = (nn.Linear, _ConvNd, nn.Bilinear, nn.GroupNorm, nn.PReLU, nn.Embedding)  # that tell the widths of a weight
 # What attributes that describe a width are called; others of the same value are left alone, and so are ratios.
 _RATIO = "key_value_groups"  # of heads that share keys and values: whole groups go
 _WORDS = ("head", "dim", "size", "width", "channel", "chs", "feature", "hidden", "planes", "group", "nf")
@@ -72,8 +73,9 @@ def set_attributes(model: nn.Module, trimmed: nn.Module, graph: NeuronGraph, kep
 def _set_own(model: nn.Module, trimmed: nn.Module, axes: Mapping[str, tuple[Atoms, ...]], kept: Kept) -> None:
     """Those of PyTorch's own modules."""
     names = {id(tensor): name for name, tensor in named_tensors(model).items()}
-    for old, new in zip(model.modules(), trimmed.modules(), strict=True):
-        name = _weight_of(old, names)
+    pairs = [*zip(modules_of(model), modules_of(trimmed), strict=True)]
+    for old, new in pairs:
+        name = _weight_of(old, names) if isinstance(new, _WEIGHTED) else None
         if name is None:
             continue
         shape, rows = trimmed.get_parameter(name).shape, axes[name][0]
@@ -93,7 +95,7 @@ def _set_own(model: nn.Module, trimmed: nn.Module, axes: Mapping[str, tuple[Atom
             new.num_parameters = shape[0]
         elif isinstance(new, nn.Embedding):
             new.num_embeddings, new.embedding_dim = shape
-    for old, new in zip(model.modules(), trimmed.modules(), strict=True):
+    for old, new in pairs:
         _set_without_weight(old, new, names, axes, kept)
 
 

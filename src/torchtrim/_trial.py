@@ -62,11 +62,13 @@ def trial(graph: NeuronGraph) -> Kept:
     for units in groups.values():
         ordered = np.array(sorted(units))
         kept[random.choice(ordered, max(1, len(ordered) * 3 // 10), replace=False)] = False
-    for roots in (roots for per_axis in graph.axes.values() for roots in per_axis):
+    for roots in (roots for per_axis in graph.axes.values() for roots in per_axis if roots.size > 1):
+        if kept[roots].all():
+            continue
         bodies = np.unique(roots)
         gone = bodies[~kept[bodies]]
         least = min(2, bodies.size - 1)
-        if roots.size > 1 and bodies.size - gone.size < least:
+        if bodies.size - gone.size < least:
             kept[gone[: least - (bodies.size - gone.size)]] = True
     return kept
 

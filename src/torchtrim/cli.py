@@ -77,7 +77,9 @@ RuleText = Annotated[
 Criterion = Annotated[
     str,
     typer.Option(
-        help="Their score: apoz, mean_activation, l1_norm, l2_norm, contribution, random:SEED.", rich_help_panel=_TRIM
+        help="Their score: apoz, mean_activation, l1_norm, l2_norm, contribution, random:SEED, or reconstruction, with "
+        "such as fraction:0.2 or threshold:-0.01 (an error of 1 %).",
+        rich_help_panel=_TRIM,
     ),
 ]
 BatchSize = Annotated[
@@ -159,6 +161,15 @@ def run(
     rule: RuleText = "mean+1std",
     criterion: Criterion = "apoz",
     through_norms: ThroughNorms = False,
+    repair: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAYS",
+            help="Repair what is left from the calibration data before retraining: mean, least-squares, batchnorm; "
+            "several with commas.",
+            rich_help_panel=_TRIM,
+        ),
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(help="Stop after so many. Without any limit: 4.", rich_help_panel=_TRIM)
     ] = None,
@@ -236,6 +247,7 @@ def run(
             rule=parse_rule(rule),
             criterion=criterion,
             through_norms=through_norms,
+            repair=_settings.ways_named(repair),
         )
         say, progress = _display(threads)
         with progress:

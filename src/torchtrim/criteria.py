@@ -29,6 +29,7 @@ __all__ = [
     "l2_norm",
     "mean_activation",
     "random",
+    "reconstruction",
     "resolve",
 ]
 
@@ -149,6 +150,17 @@ def contribution(profile: LayerProfile) -> Floats:
     return _where_seen(profile, -profile.mean * profile.outgoing_l2)
 
 
+def reconstruction(profile: LayerProfile) -> Floats:
+    """Stands for what `torchtrim.reconstruction` measures, which `iterate` and the command line call for each round.
+
+    Raises PlanError: a profile is not enough.
+    """
+    raise PlanError(
+        f"layer {profile.name!r}: the criterion reconstruction needs the model and data; pass what "
+        "torchtrim.reconstruction(model, example, batches) returns"
+    )
+
+
 def random(seed: int) -> Criterion:
     """A criterion that scores by chance, the baseline of the others.
 
@@ -167,7 +179,7 @@ def random(seed: int) -> Criterion:
 
 
 _NAMED: dict[str, Criterion] = {
-    function.__name__: function for function in (apoz, mean_activation, l1_norm, l2_norm, contribution)
+    function.__name__: function for function in (apoz, mean_activation, l1_norm, l2_norm, contribution, reconstruction)
 }
 
 

@@ -1,0 +1,83 @@
+"""Run models over calibration data, and listen to what their layers are given and compute."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchtrim._attention import MultiheadAttention
+from torchtrim._copies import named_tensors
+from torchtrim._forward import Forward, left_as_found, usual_call
+from torchtrim.errors import ProfileError, TorchtrimError
+
+Listener: TypeAlias = Callable[[Tensor, Tensor], Any]  # hears what a module is given, and what it computes
+
+
+class Calibration:
+    """Data that are read several times. batches, forward: as for `profile`.
+
+    Raises ProfileError: data that can be read once only, or none; each `run` one that names the batch.
+    """
+
+    def __init__(self, batches: Iterable[Any], forward: Forward | None = None) -> None:
+        if isinstance(batches, (Tensor, Iterator)):
+            raise ProfileError(
+                f"batches: expected data that can be read several times, such as a list or a DataLoader, found a "
+                f"{type(batches).__name__}"
+            )
+        self._batches = batches
+        self._call = forward or usual_call
+        self._number = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._number = 0
+        for self._number, batch in enumerate(self._batches, 1):  # noqa: B020
+            yield batch
+        if not self._number:
+            raise ProfileError("expected at least one batch, found none; look at what the loader yields")
+
+    def run(self, model: nn.Module, batch: Any, listeners: Mapping[nn.Module, Listener]) -> None:
+        """Call a model, without gradients; each listener hears every call of its module."""
+        device = _device(model)
+        moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+        with ExitStack() as handles:
+            for module, listener in listeners.items():
+                handles.enter_context(module.register_forward_hook(_hook(listener), with_kwargs=True))
+            try:
+                with torch.no_grad():
+                    self._call(model, moved)
+            except TorchtrimError:
+                raise
+            except Exception as error:
+                first = str(error).partition("\n")[0]
+                raise ProfileError(
+                    f"{type(model).__name__} cannot run on batch {self._number}: {type(error).__name__}: {first}; to "
+                    "call it otherwise, pass forward=lambda model, batch: ..."
+                ) from error
+
+
+@contextmanager
+def as_found(*models: nn.Module) -> Generator[None]:
+    """Evaluation mode inside, in which all layers of attention run as modules; at the end all is as it was."""
+    attention = [module for model in models for module in model.modules() if type(module) is nn.MultiheadAttention]
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(left_as_found(model, _device(model)))
+        for module in attention:
+            stack.callback(setattr, module, "__class__", nn.MultiheadAttention)
+            module.__class__ = MultiheadAttention
+        yield
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
+
+
+def _hook(listener: Listener) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> None:
+        listener(args[0] if args else kwargs["input"], outputs)
+
+    return hook
