@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from torchtrim._attention import MultiheadAttention
 from torchtrim._copies import named_tensors
-from torchtrim._pass import Forward, call_model, evaluating
+from torchtrim._forward import Forward, left_as_found, usual_call
 from torchtrim.errors import ProfileError, TorchtrimError
 
 Listener: TypeAlias = Callable[[Tensor, Tensor], Any]  # hears what a module is given, and what it computes
@@ -29,7 +29,7 @@ class Calibration:
                 f"{type(batches).__name__}"
             )
         self._batches = batches
-        self._call = forward or call_model
+        self._call = forward or usual_call
         self._number = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -65,7 +65,7 @@ def as_found(*models: nn.Module) -> Generator[None]:
     attention = [module for model in models for module in model.modules() if type(module) is nn.MultiheadAttention]
     with ExitStack() as stack:
         for model in models:
-            stack.enter_context(evaluating(model, _device(model)))
+            stack.enter_context(left_as_found(model, _device(model)))
         for module in attention:
             stack.callback(setattr, module, "__class__", nn.MultiheadAttention)
             module.__class__ = MultiheadAttention

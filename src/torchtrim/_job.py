@@ -89,8 +89,10 @@ def silence(
     )
     function = criteria.resolve(criterion)
     if function is criteria.reconstruction:
-        watched = _Watched(loader, progress, "measuring")
-        function = criteria.apoz if measured.partial else reconstruction(opened.model, opened.graph, watched)
+        if measured.partial:
+            yield str(measured)
+            raise KeyboardInterrupt  # the criterion wants all data once more
+        function = reconstruction(opened.model, opened.graph, _Watched(loader, progress, "measuring"))
     yield profile_table(measured, rule, function)
     if per_class:
         yield classes_table(measured)

@@ -17,10 +17,10 @@ from torch import nn
 
 from torchtrim import criteria
 from torchtrim._cost import Cost, measure_beside
+from torchtrim._forward import Forward
 from torchtrim._graph import trace
 from torchtrim._history import history
 from torchtrim._measure import profile
-from torchtrim._pass import Forward
 from torchtrim._plan import Plan
 from torchtrim._profile import Profile
 from torchtrim._reconstruction import reconstruction

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torchtrim import _shards
 from torchtrim._checkpoint import Checkpoint, Reached
 from torchtrim._classes import Labels
-from torchtrim._pass import Forward, Pass
+from torchtrim._forward import Forward
+from torchtrim._pass import Pass
 from torchtrim._profile import Profile
 from torchtrim._progress import displayed
 from torchtrim._stable import Stable

@@ -2,8 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torchtrim._checkpoint import Checkpoint, Reached, digest_of
 from torchtrim._classes import Labels, in_order, labels_of
 from torchtrim._copies import named_tensors
 from torchtrim._counting import native_room
+from torchtrim._forward import Forward, left_as_found, usual_call
 from torchtrim._parts import Part, added_up, since
 from torchtrim._profile import Profile
 from torchtrim._progress import shown, uninterrupted
@@ -24,8 +24,6 @@ from torchtrim._tally import Totals
 from torchtrim._unmeasured import unmeasured
 from torchtrim._watch import NotFiniteError, Watch
 from torchtrim.errors import ProfileError, TraceError
-
-Forward = Callable[[nn.Module, Any], Any]
 
 
 class _Looks:
@@ -85,7 +83,7 @@ class Pass:
                 self._agree(iter(()))
                 return reached.profile
         begun, before = time.perf_counter(), self._examples
-        with evaluating(self._model, self._device), shown(progress, "measuring", _length(batches)) as show:
+        with left_as_found(self._model, self._device), shown(progress, "measuring", _length(batches)) as show:
             try:
                 for batch in self._agree(self._left(batches, show)):
                     self._count(batch, watch)
@@ -130,7 +128,7 @@ class Pass:
         return itertools.chain((first.pop() for _ in range(len(first))), batches)
 
     def _count(self, batch: Any, watch: Watch) -> None:
-        call, number = self._forward or call_model, watch.batches + 1
+        call, number = self._forward or usual_call, watch.batches + 1
         moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self._device, non_blocking=True), batch)
         try:
             labels = labels_of(batch, self._classes) if self._classes else None
@@ -203,25 +201,3 @@ def _parts(watch: Watch, totals: Totals) -> tuple[Part, ...]:
         for (site, index), counts in totals.items()
         for roots in [graph.root[site.labels.factors[index].atoms].ravel()]
     )
-
-
-def call_model(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-@contextmanager
-def evaluating(model: nn.Module, device: torch.device) -> Generator[None]:
-    """Evaluation mode inside; modes and random state are as before at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            model.eval()
-            torch.backends.mha.set_fastpath_enabled(False)  # it would hide the activations of a transformer layer
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-            for module, mode in modes:
-                module.training = mode

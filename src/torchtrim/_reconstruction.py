@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torchtrim._calibration import Calibration, as_found
 from torchtrim._consumers import Consumer, Reader, consumers
 from torchtrim._copies import named_modules
+from torchtrim._forward import Forward
 from torchtrim._graph import trace
 from torchtrim._labels import Atoms
 from torchtrim._moments import Moments, damp, features, groups, pieces, rows
 from torchtrim._neurons import Layer, NeuronGraph
-from torchtrim._pass import Forward
 from torchtrim._select import check_layers
 from torchtrim._unmeasured import unmeasured
 from torchtrim.criteria import Criterion, Floats, LayerProfile

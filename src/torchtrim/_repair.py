@@ -19,11 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchtrim._calibration import Calibration, Listener, as_found
 from torchtrim._consumers import Consumer, Reader, consumers, difference, levels
 from torchtrim._copies import named_modules, named_tensors, rebuild
+from torchtrim._forward import Forward
 from torchtrim._graph import untried
 from torchtrim._history import history, set_history
 from torchtrim._moments import ChannelSums, InputMeans, Moments, Residuals, features, fit, groups, pieces, rows
 from torchtrim._neurons import Kept, NeuronGraph
-from torchtrim._pass import Forward
 from torchtrim._trial import tried
 from torchtrim.errors import PlanError, ProfileError, TorchtrimError, TorchtrimWarning
 

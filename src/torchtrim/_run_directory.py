@@ -24,8 +24,8 @@ from torch import nn
 from torchtrim import criteria
 from torchtrim._cost import Cost
 from torchtrim._files import hold, is_partial, write_whole
+from torchtrim._forward import Forward
 from torchtrim._loop import Accuracy, Evaluate, Progressive, Retrain, Round, Stop, iterate
-from torchtrim._pass import Forward
 from torchtrim._plan import Plan
 from torchtrim._profile import Profile
 from torchtrim._repair import Ways, checked_ways
