@@ -547,6 +547,28 @@ class Scaled(nn.Module):
         return x * self.scale + self.shift
 
 
+class OwnNorm(nn.Module):
+    """A norm over channels as models write it themselves."""
+
+    def __init__(self, width: int, dims: int, axis: int, how: str) -> None:
+        super().__init__()
+        self.along, self.how = axis, how
+        self.scale = nn.Parameter(torch.ones(width, *(1,) * dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(self.along, keepdim=True)
+        if self.how == "root mean square":
+            x = x * torch.rsqrt(x.pow(2).mean(self.along, keepdim=True) + 0.1)
+        elif self.how == "variance":
+            x = (x - mean) / torch.sqrt(x.var(self.along, unbiased=False, keepdim=True) + 0.1)
+        elif self.how == "deviation":
+            x = (x - mean) / (x.std(self.along, keepdim=True) + 0.3)
+        else:
+            square = x.square().mean(self.along, keepdim=True)
+            x = (x - mean) / torch.sqrt((square - mean.square()).abs() + 0.1)
+        return x * self.scale
+
+
 class Computed(nn.Module):
     """A weight that is computed of parameters."""
 
@@ -586,6 +608,7 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "group norm": nn.GroupNorm,
     "layer norm": nn.LayerNorm,
     "rms norm": nn.RMSNorm,
+    "own norm": OwnNorm,
     "prelu": nn.PReLU,
     "function": Function,
     "all": nn.Sequential,
@@ -621,10 +644,13 @@ LARGEST = 64  # positions
 
 
 class Trunk:
-    """Blocks drawn one after another. `shape`: of what the last one gives; `tokens`: how that is laid out."""
+    """Blocks drawn one after another. `shape`: of what the last one gives; `tokens`: how that is laid out.
 
-    def __init__(self, draw: st.DrawFn, shape: tuple[int, ...], tokens: bool) -> None:
-        self.draw, self.shape, self.tokens = draw, shape, tokens
+    `averaging`: norms are many, and average over channels.
+    """
+
+    def __init__(self, draw: st.DrawFn, shape: tuple[int, ...], tokens: bool, averaging: bool = False) -> None:
+        self.draw, self.shape, self.tokens, self.averaging = draw, shape, tokens, averaging
         self.blocks: list[Block] = []
 
     @property
@@ -669,7 +695,7 @@ class Trunk:
 
     def branch(self, depth: int, width: int | None = None) -> Block:
         """Blocks that keep the positions, and the width where one is asked for."""
-        branch = Trunk(self.draw, self.shape, self.tokens)
+        branch = Trunk(self.draw, self.shape, self.tokens, self.averaging)
         for _ in range(self.draw(st.integers(1, 2))):
             branch.step(depth, keep=True)
         if width is not None and (branch.width != width or self.flag()):
@@ -684,6 +710,8 @@ class Trunk:
             choices.append(self.positions)
         if self.tokens:
             choices += [self.attended, self.attended, self.sequential]
+        if self.averaging:
+            choices += [self.normed] * 4
         if depth:
             choices += [lambda: self.nested(depth - 1)] * 4
         if not keep:
@@ -723,8 +751,10 @@ class Trunk:
 
     def normed(self) -> None:
         """A normalisation, over channels, positions or neither."""
-        kinds = ["batch", "batch", "layer", "rms", "group"]
-        if self.dims and math.prod(self.shape[2:]) > 1:
+        kinds = ["layer", "rms", "group", "own"]
+        if not self.averaging:
+            kinds += ["batch", "batch"]
+        if not self.averaging and self.dims and math.prod(self.shape[2:]) > 1:
             kinds += ["instance", "positions"]
         kind = self.pick(kinds)
         if kind in ("layer", "rms"):
@@ -732,10 +762,13 @@ class Trunk:
             self.put(*((norm.name, norm.options) if self.dims == 0 else ("channels last", {}, [norm])))
         elif kind == "positions":
             self.put("layer norm", {"normalized_shape": self.shape[self.pick([2, -1]) :]})
+        elif kind == "own":
+            how = self.pick(["root mean square", "variance", "deviation", "difference of squares"])
+            self.put("own norm", {"width": self.width, "dims": self.dims, "axis": self.axis, "how": how})
         elif self.tokens:
             self.put("layer norm", {"normalized_shape": self.width})
         elif kind == "group":
-            groups = self.divisor(self.width)
+            groups = 1 if self.averaging else self.divisor(self.width)
             if self.width // groups * math.prod(self.shape[2:]) > 1:
                 self.put("group norm", {"num_groups": groups, "num_channels": self.width, "affine": self.flag()})
         elif kind == "instance":
@@ -841,7 +874,8 @@ class Trunk:
         for size in (first, self.width - first):
             shape = list(self.shape)
             shape[self.axis] = size
-            parts.append(Trunk(self.draw, tuple(shape), self.tokens).branch(depth) if self.flag() else Block("same"))
+            part = Trunk(self.draw, tuple(shape), self.tokens, self.averaging)
+            parts.append(part.branch(depth) if self.flag() else Block("same"))
         self.put("parted", {"axis": self.axis, "sizes": None if equal else [first, self.width - first]}, parts)
 
     def moved(self) -> None:
@@ -912,10 +946,10 @@ INPUTS = (
 
 
 @st.composite
-def networks(draw: st.DrawFn, blocks: int = 7, depth: int = 2) -> Network:
+def networks(draw: st.DrawFn, blocks: int = 7, depth: int = 2, averaging: bool = False) -> Network:
     """A first layer, so that there are neurons, blocks, and a last layer whose outputs stay."""
     shape, tokens = draw(st.sampled_from(INPUTS))
-    trunk = Trunk(draw, shape, tokens)
+    trunk = Trunk(draw, shape, tokens, averaging)
     trunk.dense()
     for _ in range(draw(st.integers(1, blocks))):
         trunk.step(depth, keep=False)
@@ -944,4 +978,4 @@ def random_plan(graph: NeuronGraph, seed: int, fraction: float, stay: int = 1) -
             kept[bodies[~kept[bodies]][:missing]] = True
     removed = {name: np.flatnonzero(~kept[layer.roots]) for name, layer in graph.layers.items()}
     layers = {name: LayerPlan(graph.layers[name].width, tuple(r.tolist())) for name, r in removed.items() if r.size}
-    return Plan(layers), kept
+    return Plan(layers, through_norms=graph.through_norms), kept

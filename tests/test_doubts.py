@@ -25,6 +25,9 @@ def width_of(layer: nn.Linear) -> int:
     return layer.out_features
 
 
+READERS = {"width": lambda layer: layer.out_features}
+
+
 class Wide(nn.Linear):
     """A layer of somebody's own, with a method that looks at its width."""
 
@@ -46,6 +49,9 @@ KNOWING: dict[str, Callable[[], nn.Module]] = {
     "an attribute": lambda: network(lambda net, x: net.out(net.a(x)) / net.a.out_features),
     "an attribute that a function reads": lambda: network(lambda net, x: net.out(net.a(x)) / width_of(net.a)),
     "an attribute that a method reads": lambda: network(lambda net, x: net.out(net.a(x)), out=Wide(8, 2)),
+    "an attribute that one of several functions reads": lambda: network(
+        lambda net, x: net.out(net.a(x)) / READERS["width"](net.a)
+    ),
     "a function that is not to be seen": lambda: network(partial(lambda net, x: net.out(net.a(x)))),
     "a hook": lambda: hooked(network(lambda net, x: net.out(net.a(x)))),
     "groups of several channels": lambda: nn.Sequential(nn.Conv1d(3, 8, 1), nn.Conv1d(8, 8, 1, groups=2), nn.Flatten()),

@@ -7,6 +7,7 @@ The slow variants run twenty times as many examples; `--hypothesis-seed=N` makes
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from torchtrim._copies import named_tensors, rebuild
 from torchtrim._neurons import Kept, NeuronGraph, cut
 from torchtrim._proof import prove
 from torchtrim._surgery_attributes import set_attributes
+from torchtrim.testing import WithoutNorms
 from toys import Net
 
 FRACTIONS = st.sampled_from([0.3, 0.1, 0.6])
@@ -48,11 +50,11 @@ def compare(model: nn.Module, plan: Plan, *inputs: Tensor) -> list[str]:
         warnings.simplefilter("always", TorchtrimWarning)
         small, silent = torchtrim.trim(model, plan, inputs[0]), torchtrim.mask(model, plan, inputs[0])
     for one in inputs:
-        with torch.no_grad():
-            expected = silent(one)
-            scale = max(float(expected.abs().max()), 1e-3)
-            assert math.isfinite(scale)
-            torch.testing.assert_close(small(one), expected, rtol=1e-9, atol=1e-9 * scale)
+        with torch.no_grad(), WithoutNorms() if plan.through_norms else nullcontext():
+            found, expected = small(one), silent(one)
+        scale = max(float(expected.abs().max()), 1e-3)
+        assert math.isfinite(scale)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * scale)
     after = model.state_dict()
     assert repr(model) == described
     assert before.keys() == after.keys()
@@ -71,10 +73,10 @@ def has_room(graph: NeuronGraph, kept: Kept) -> bool:
     return all(np.unique(roots[kept[roots]]).size >= min(2, np.unique(roots).size) for roots in every)
 
 
-def check_exact(network: Network, fraction: float, seed: int, stay: int) -> None:
+def check_exact(network: Network, fraction: float, seed: int, stay: int, *, through_norms: bool = False) -> None:
     note(repr(network))
     model, example = network.build(), network.example()
-    graph = torchtrim.trace(model, example)
+    graph = torchtrim.trace(model, example, through_norms=through_norms)
     plan, kept = random_plan(graph, seed, fraction, stay)
     note(f"{plan!r}\n{graph}")
     left = compare(model, plan, example, network.example(batch=3))
@@ -102,6 +104,22 @@ def test_trim_equals_mask_often(network: Network, fraction: float, seed: int, st
     check_exact(network, fraction, seed, stay)
 
 
+averaging = networks(averaging=True)
+
+
+@given(averaging, FRACTIONS, SEEDS, st.sampled_from([1, 2]))
+@sometimes(70)
+def test_trim_equals_mask_without_norms(network: Network, fraction: float, seed: int, stay: int) -> None:
+    check_exact(network, fraction, seed, stay, through_norms=True)
+
+
+@pytest.mark.slow
+@given(averaging, FRACTIONS, SEEDS, st.sampled_from([1, 2]))
+@often(1400)
+def test_trim_equals_mask_without_norms_often(network: Network, fraction: float, seed: int, stay: int) -> None:
+    check_exact(network, fraction, seed, stay, through_norms=True)
+
+
 # ------------------------------------------------------------------ mistakes
 
 MISTAKES = [
@@ -115,14 +133,16 @@ MISTAKES = [
 ]
 
 
-def check_mistake(network: Network, fraction: float, seed: int, mistake: str, data: st.DataObject) -> None:
+def check_mistake(
+    network: Network, fraction: float, seed: int, mistake: str, data: st.DataObject, *, through_norms: bool = False
+) -> None:
     """One axis of one tensor, of which some positions went, loses others than it should or has another order.
 
     Each changes what is computed: a position is chosen among those that stayed and another among those that went.
     """
     note(repr(network))
     model, example = network.build(), network.example()
-    graph = torchtrim.trace(model, example)
+    graph = torchtrim.trace(model, example, through_norms=through_norms)
     assert graph.device == "meta"
     _, kept = random_plan(graph, seed, fraction, stay=2)
     places = [
@@ -183,6 +203,23 @@ def test_mistakes_are_found_often(
     network: Network, fraction: float, seed: int, mistake: str, data: st.DataObject
 ) -> None:
     check_mistake(network, fraction, seed, mistake, data)
+
+
+@given(averaging, FRACTIONS, SEEDS, st.sampled_from(MISTAKES), st.data())
+@sometimes(70)
+def test_mistakes_are_found_through_norms(
+    network: Network, fraction: float, seed: int, mistake: str, data: st.DataObject
+) -> None:
+    check_mistake(network, fraction, seed, mistake, data, through_norms=True)
+
+
+@pytest.mark.slow
+@given(averaging, FRACTIONS, SEEDS, st.sampled_from(MISTAKES), st.data())
+@often(1400)
+def test_mistakes_are_found_through_norms_often(
+    network: Network, fraction: float, seed: int, mistake: str, data: st.DataObject
+) -> None:
+    check_mistake(network, fraction, seed, mistake, data, through_norms=True)
 
 
 # ------------------------------------------------------------------ code that computes with its own widths

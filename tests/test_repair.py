@@ -322,6 +322,23 @@ def test_layers_share_moments_only_of_the_same_input(monkeypatch: pytest.MonkeyP
     assert not torch.equal(repaired.twice.weight, small.twice.weight)
 
 
+@pytest.mark.parametrize("block", [2, 3, 6144])
+def test_moments_are_as_small_as_asked(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    widest: list[int] = []
+    usual = Moments.add
+
+    def add(self: Moments, rows: Tensor) -> None:
+        widest.append(rows.shape[2])
+        usual(self, rows)
+
+    monkeypatch.setattr(Moments, "add", add)
+    model, data, plan = branches()
+    small = torchtrim.trim(model, plan, data)
+    torchtrim.repair(small, model, data, [data], block=block)
+    assert max(widest) == min(block, 5)
+    assert sum(widest) >= 5 + 4 + 4
+
+
 def test_several_trims_are_repaired_against_the_first_model() -> None:
     model, data, plan = branches()
     once = torchtrim.trim(model, plan, data)

@@ -352,7 +352,7 @@ def test_other_files_are_refused_with_what_to_do(tmp_path) -> None:
         load(LeNet(), path)
     assert not is_saved_model(path)
     profile(LeNet(), [torch.zeros(1, 1, 28, 28)]).save(path)
-    with pytest.raises(StoreError, match="found 'torchtrim-profile' of version 1"):
+    with pytest.raises(StoreError, match="found 'torchtrim-profile' of version 2"):
         load(LeNet(), path)
     assert not is_saved_model(path)
     torch.save(LeNet().state_dict(), path)

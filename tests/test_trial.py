@@ -196,3 +196,13 @@ def test_the_guilty_are_found_by_halving(monkeypatch) -> None:
     graph = _trial.tried(model, untried(model, example))
     assert graph.locked.keys() == {"40", "63"}
     assert cuts < 20
+
+
+def test_a_habit_of_layers_is_not_that_of_their_neighbours() -> None:
+    """A block's attention holds the stream, of which one layer of its feed-forward part is; the other goes."""
+    swin = pytest.importorskip("torchvision.models.swin_transformer")
+    options = {"embed_dim": 36, "depths": [1, 1, 1], "num_heads": [3, 6, 12], "window_size": [2, 2], "num_classes": 5}
+    model, images = swin.SwinTransformer([4, 4], **options).eval(), torch.zeros(1, 3, 32, 32)
+    locked = torchtrim.trace(model, images, through_norms=True).locked
+    assert "features.5.0.mlp.3" in locked
+    assert not {f"features.{stage}.0.mlp.0" for stage in (1, 3, 5)} & locked.keys()

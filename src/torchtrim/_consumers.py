@@ -132,8 +132,8 @@ def levels(graph: NeuronGraph, names: Collection[str]) -> list[list[str]]:
     return [rows[row] for row in sorted(rows)]
 
 
-def removed_between(original: nn.Module, trimmed: nn.Module, graph: NeuronGraph, kept: Kept) -> str | None:
-    """How a model differs from the original of which only this is kept; None where it does not."""
+def difference(trimmed: nn.Module, graph: NeuronGraph, kept: Kept) -> str | None:
+    """The first tensor whose shape is not what is left of the original when only this is kept; None if all are."""
     expected = {
         name: tuple(int(kept[roots].sum()) if roots.size > 1 else roots.size for roots in axes)
         for name, axes in graph.axes.items()

@@ -1,6 +1,7 @@
 """Copies of a model in which the parameters and buffers are other tensors, and what it is called with."""
 
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -67,6 +68,28 @@ def rebuild(model: nn.Module, replace: Mapping[str, Tensor]) -> nn.Module:
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         vars(memo[id(old)]).update(vars(old))  # marks that users leave on parameters, such as `no_weight_decay`
     return _copied(model, modules, memo)
+
+
+def contract(model: nn.Module, lists: Mapping[str, Sequence[int]]) -> None:
+    """Leave of these lists of modules, or dictionaries, the entries at these places, numbered anew; in place."""
+    for name, places in lists.items():
+        entries = model.get_submodule(name)._modules
+        keys, values = list(entries), list(entries.values())
+        entries.clear()
+        entries.update(zip(keys, (values[place] for place in places), strict=False))
+
+
+def contracted_name(name: str, lists: Mapping[str, Sequence[int]]) -> str | None:
+    """What a module or tensor is called once lists are contracted; None where it is gone."""
+    for entries, places in lists.items():
+        key, dot, rest = name.removeprefix(f"{entries}.").partition(".")
+        if name.startswith(f"{entries}.") and (number := NUMBER.search(key)):
+            place = int(number[0])
+            return f"{entries}.{NUMBER.sub(str(places.index(place)), key)}{dot}{rest}" if place in places else None
+    return name
+
+
+NUMBER = re.compile(r"\d+$")  # of an entry in a list, or in a dictionary that numbers its own
 
 
 def compacted(model: nn.Module) -> nn.Module:

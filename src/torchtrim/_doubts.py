@@ -6,7 +6,7 @@ that it gives to a function. Where it does neither, it does the same at any widt
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import cache
-from types import BuiltinFunctionType, CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -95,14 +95,23 @@ def _is_of_torch(module: str) -> bool:
 
 
 def _names(function: FunctionType, seen: set[FunctionType]) -> set[str]:
-    """All names in a function, in what it wraps, and in the functions of its module that it may call."""
+    """All names in a function, and in the functions that it may call: in its module, in others, in containers."""
     seen.add(function)
     found = {name for code in _codes(function.__code__) for name in code.co_names}
-    others = [function.__globals__.get(name) for name in found] + [getattr(function, "__wrapped__", None)]
-    for other in others:
-        if isinstance(other, FunctionType) and other not in seen and not str(other.__module__).startswith("torch."):
-            found |= _names(other, seen)
+    named = [function.__globals__.get(name) for name in found]
+    others = [vars(one) for one in named if isinstance(one, ModuleType) and not _is_torch(one.__name__)]
+    named += [module.get(name) for module in others for name in found]
+    named += [cell.cell_contents for cell in function.__closure__ or ()] + [getattr(function, "__wrapped__", None)]
+    for one in named:
+        held = one.values() if isinstance(one, dict) else one if isinstance(one, (list, tuple)) else [one]
+        for other in held:
+            if isinstance(other, FunctionType) and other not in seen and not _is_torch(str(other.__module__)):
+                found |= _names(other, seen)
     return found
+
+
+def _is_torch(module: str) -> bool:
+    return module.partition(".")[0] == "torch"
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -34,6 +34,7 @@ TABLE = Table(_operators.ROWS | _operators_products.ROWS | _operators_shapes.ROW
 _ELEMENTWISE = FACTORIES | frozenset([
     "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
     "new_full", "new_empty", "new_empty_strided", "bernoulli", "uniform", "normal", "fill", "zero", "copy", "cat",
+    "index_add",
     "native_dropout", "_fused_dropout", "dropout", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm",
     "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"])  # fmt: skip
 # Their results share memory, but whoever calls them promises to treat each as a tensor of its own.

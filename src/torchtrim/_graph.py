@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 
 from torchtrim._copies import modules_of, named_tensors
 from torchtrim._doubts import may_read_widths
+from torchtrim._experts import candidates, settled
 from torchtrim._flow import Flow
 from torchtrim._labels import Atoms, Labels, Ledger
-from torchtrim._neurons import Layer, NeuronGraph, group_of, memory_of
+from torchtrim._neurons import Layer, Mixture, NeuronGraph, group_of, memory_of
 from torchtrim._proof import numbered, on_device
 from torchtrim._run import RunError, run
 from torchtrim._surgery_attributes import descriptions
@@ -31,19 +32,20 @@ __all__ = ["Layer", "NeuronGraph", "trace"]
 _WEIGHTS = (".weight", ".weight_v", ".weight_orig")  # the latter two where `weight_norm` or `prune` compute the weight
 
 
-def trace(model: nn.Module, example: Any, *, through_norms: bool = False) -> NeuronGraph:
+def trace(model: nn.Module, example: Any, *, through_norms: bool = False, experts: bool = False) -> NeuronGraph:
     """The neurons of a model. `example` is what the model is called with; only its shapes matter where possible.
 
     What depends on the data, on the mode or on the sizes of the inputs is proved for the path through the model's code
-    that the example takes; other paths are not looked at.
+    that the example takes; other paths are not looked at. through_norms: whether neurons that norms average over may
+    go. experts: whether experts of a mixture may, as neurons of its router; this is proved by running the model.
 
     Raises `TraceError` when the model cannot run on the example. The model is not touched.
     """
-    graph = untried(model, example, through_norms=through_norms)
+    graph = untried(model, example, through_norms=through_norms, experts=experts)
     return graph if graph.certain else tried(model, graph)
 
 
-def untried(model: nn.Module, example: Any, *, through_norms: bool = False) -> NeuronGraph:
+def untried(model: nn.Module, example: Any, *, through_norms: bool = False, experts: bool = False) -> NeuronGraph:
     """As `trace`, of which the labels are right, but not all that looks free need be: nothing has been cut yet."""
     sources = named_tensors(model)
     lazy = [
@@ -65,23 +67,50 @@ def untried(model: nn.Module, example: Any, *, through_norms: bool = False) -> N
             if (trained := _trained(model, trained_on, labels, ledger, device)) is not None:
                 flows.append((True, trained))
                 break
+    owners = _owners(axes, [atoms for _, one in flows for atoms in one.produced])
     root, pinned = ledger.resolve(count)
+    found = _mixtures(model, owners, axes, root, pinned) if experts else []
+    for _, lines in found:
+        for name, axis in lines:
+            ledger.unite(axes[lines[0][0]][lines[0][1]], axes[name][axis], "they belong to one expert")
+    if found:
+        root, pinned = ledger.resolve(count)
     rooted = {name: tuple(root[a] if a.size > 1 else a for a in per_axis) for name, per_axis in axes.items()}
     for roots in (roots for per_axis in rooted.values() for roots in per_axis):
         if roots.size > 1 and (roots == roots[0]).all():
             pinned.setdefault(int(roots[0]), "all its neurons must go together")
     recordings = tuple((training, tuple(one.steps)) for training, one in flows)
-    owners = _owners(axes, [atoms for _, one in flows for atoms in one.produced])
     described = tuple(descriptions(model, ledger, root))
     sites, sizes = tuple(flow.sites), tuple(ledger.sizes)
+    mixtures: list[Mixture] = []
+    for one, lines in found:
+        roots = rooted[lines[0][0]][lines[0][1]]
+        if np.unique(roots).size > 1 and 0 not in roots:
+            mixtures.append(settled(model, one, roots, root, flow.steps))
+            pinned = {value: reason for value, reason in pinned.items() if value not in roots}
     ignorant = device == "meta" and not any(one.knows_widths for _, one in flows)
-    decided = not (through_norms or ledger.undecided)
+    decided = not (through_norms or mixtures or ledger.undecided)
     attributes = {one.attribute for one in described}
     certain = ignorant and decided and not may_read_widths(modules_of(model), attributes)
     graph = NeuronGraph(
-        {}, rooted, axes, device, recordings, sites, root, example, trained_on, described, sizes, through_norms, certain
-    )
+        {}, rooted, axes, device, recordings, sites, root, example, trained_on, described, sizes, through_norms,
+        certain, experts, tuple(mixtures),
+    )  # fmt: skip
     return replace(graph, layers=_layers(owners, rooted, pinned, count))
+
+
+def _mixtures(
+    model: nn.Module,
+    owners: Sequence["_Owner"],
+    axes: Mapping[str, tuple[Atoms, ...]],
+    root: Atoms,
+    pinned: Mapping[int, str],
+) -> list[tuple[Mixture, list[tuple[str, int]]]]:
+    """What may be mixtures, of which the router's neurons would stay otherwise."""
+    roots = {one.name: root[axes[one.parameter][one.axis]].tolist() for one in owners}
+    reasons = {name: pinned[own[0]] for name, own in roots.items() if pinned.keys() >= set(own)}
+    routers = {one.name: (one.parameter, one.axis) for one in owners if one.name in reasons}
+    return list(candidates(model, routers, reasons))
 
 
 def _number(sources: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Atoms, ...]], int]:

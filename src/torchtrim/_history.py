@@ -1,13 +1,13 @@
 """What was done to a trimmed model since its ancestor; kept on the model itself, so that copies carry it too."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from torchtrim._copies import named_tensors
+from torchtrim._copies import contracted_name, named_tensors
 from torchtrim._plan import Plan
 
 _ATTRIBUTE = "_torchtrim_history"
@@ -19,12 +19,14 @@ class History:
 
     attributes: by module, the attributes that describe widths and are not the ancestor's, such as `out_channels`.
     biases: the parameters that the ancestor does not have, which `repair` added.
+    lists: which entries of the ancestor's lists of modules are left; names are those that modules have since.
     """
 
     plans: tuple[Plan, ...]
     shapes: Mapping[str, tuple[int, ...]]
     attributes: Mapping[str, Mapping[str, Any]]
     biases: tuple[str, ...] = ()
+    lists: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def history(model: nn.Module) -> History:
@@ -38,11 +40,14 @@ def set_history(model: nn.Module, past: History) -> None:
     setattr(model, _ATTRIBUTE, past)
 
 
-def remember(model: nn.Module, trimmed: nn.Module, plan: Plan) -> None:
-    """Note on `trimmed` that it is `model` after this plan."""
-    before = history(model)
-    attributes = {name: dict(values) for name, values in before.attributes.items()}
-    for (name, old), new in zip(model.named_modules(), trimmed.modules(), strict=True):
+def remember(
+    model: nn.Module, trimmed: nn.Module, plan: Plan, lists: Mapping[str, Sequence[int]] | None = None
+) -> None:
+    """Note on `trimmed` that it is `model` after this plan. lists: the entries that are left of lists of modules."""
+    before, lists = history(model), lists or {}
+    attributes = {name: dict(values) for name, values in _renamed(before.attributes, lists).items()}
+    modules = _renamed(dict(model.named_modules()), lists)
+    for (name, old), new in zip(modules.items(), trimmed.modules(), strict=True):
         changed = {
             key: copy.copy(value)
             for key, value in vars(new).items()
@@ -50,7 +55,23 @@ def remember(model: nn.Module, trimmed: nn.Module, plan: Plan) -> None:
         }
         if changed:
             attributes[name] = attributes.get(name, {}) | changed
-    set_history(trimmed, replace(before, plans=(*before.plans, plan), attributes=attributes))
+    left = {
+        name: tuple(before.lists.get(name, range(max(places) + 1))[n] for n in places) for name, places in lists.items()
+    }
+    past = replace(
+        before,
+        plans=(*before.plans, plan),
+        shapes=_renamed(before.shapes, lists),
+        attributes=attributes,
+        biases=tuple(_renamed(dict.fromkeys(before.biases), lists)),
+        lists={**before.lists, **left},
+    )
+    set_history(trimmed, past)
+
+
+def _renamed(named: Mapping[str, Any], lists: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Without what is gone."""
+    return {new: value for name, value in named.items() if (new := contracted_name(name, lists)) is not None}
 
 
 def describes(value: Any) -> bool:

@@ -61,6 +61,7 @@ class Inspection:
             "version": _VERSION,
             "model": self.name,
             "through_norms": self.graph.through_norms,
+            "experts": self.graph.experts,
             "input": [{"name": one.name, "shape": list(one.shape), "dtype": one.dtype} for one in self.inputs],
             "layers": layers,
             "reach": {
@@ -73,8 +74,9 @@ class Inspection:
     def text(self, columns: int = 100) -> str:
         """A tree of the layers by their modules, the reasons why some are locked, and how much is within reach."""
         tree = _Tree(self.graph)
+        asked = ", through norms" * self.graph.through_norms + ", with experts" * self.graph.experts
         blocks = [
-            [f"{self.name}, called with {listed(self.inputs)}{', through norms' * self.graph.through_norms}"],
+            [f"{self.name}, called with {listed(self.inputs)}{asked}"],
             tree.lines(),
             tree.notes(columns),
             tree.reasons(columns),
@@ -92,12 +94,13 @@ def inspect(
     classes: int | None = None,
     device: str = "auto",
     through_norms: bool = False,
+    experts: bool = False,
 ) -> Inspection:
     """Trace a model by its name, as the command line takes it.
 
     inputs: as `parse_inputs` reads them; without, the input that the model's library made it for. weights: a file, or
     "DEFAULT" for the library's own; without, the model is as it is made, for nothing depends on its weights. classes:
-    how many it tells apart, if other than usual. through_norms: as for `trace`.
+    how many it tells apart, if other than usual. through_norms, experts: as for `trace`.
 
     Raises TorchtrimError: an unknown name, inputs that do not fit the model or are needed, weights of another model.
     """
@@ -119,7 +122,7 @@ def inspect(
     traced = given or [replace(one, shape=(2, *one.shape[1:])) for one in called]
     model = model.to(place)
     try:
-        graph = trace(model, example_of(traced), through_norms=through_norms)
+        graph = trace(model, example_of(traced), through_norms=through_norms, experts=experts)
     except TraceError as error:
         cause = error.__cause__
         found = f"{cause} (in {cause.where})" if isinstance(cause, RunError) else str(error)

@@ -43,12 +43,13 @@ class Labels:
     """All labels of a tensor.
 
     `static`: computed from parameters and constants alone. `uniform`: every element is alike (zeros, ones, noise), so
-    that the tensor means the same at any size.
+    that the tensor means the same at any size. `zeros`: every element is zero.
     """
 
     factors: tuple[Factor, ...] = ()
     static: bool = False
     uniform: bool = False
+    zeros: bool = False
 
     def with_factors(self, factors: Iterable[Factor]) -> "Labels":
         return Labels(tuple(factors), self.static)
@@ -59,6 +60,7 @@ class Labels:
 
 UNKNOWN = Labels()
 UNIFORM = Labels(static=True, uniform=True)
+ZEROS = Labels(static=True, uniform=True, zeros=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -49,6 +49,56 @@ class Residuals:
         self.product = _added(self.product.to(rows.device), rows, lacking)
 
 
+class ChannelSums:
+    """Of what a batch norm is given: how many values a channel has, Σ x and Σ x²; float64 [channels]."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = self.square = torch.zeros((), dtype=torch.float64)
+
+    def add(self, inputs: Tensor, _: Tensor) -> None:
+        values = inputs.transpose(0, 1).flatten(1).double()
+        self.count += values.shape[1]
+        self.total = self.total.to(values.device) + values.sum(1)
+        self.square = self.square.to(values.device) + values.square().sum(1)
+
+
+class InputMeans:
+    """The mean of what a layer is given, over examples; its positions are kept apart, since their borders differ.
+
+    sums: by the shape of an example, how many there were, and their sum in float64.
+    """
+
+    def __init__(self, module: Reader) -> None:
+        self.module = module
+        self.sums: dict[torch.Size, tuple[int, Tensor]] = {}
+
+    def add(self, inputs: Tensor, _: Tensor) -> None:
+        own = 1 if isinstance(self.module, nn.Linear) else len(self.module.kernel_size) + 1
+        examples = inputs.reshape(-1, *inputs.shape[inputs.ndim - own :])
+        count, total = self.sums.get(examples.shape[1:], (0, 0.0))
+        summed = examples.sum(0, dtype=torch.float64)
+        self.sums[examples.shape[1:]] = count + len(examples), summed + total
+
+    def through(self, channels: Tensor) -> Tensor:
+        """What the layer makes of it, by these input channels alone, bool [inputs of a group]: float64 [outputs].
+
+        The layer is linear, so that the mean may be taken before it. Without the bias; the mean over the positions.
+        """
+        weight = self.module.weight.detach()
+        shape = -1, *[1] * (weight.ndim - 2)
+        weight = weight.double() * channels.to(weight.device).view(shape)
+        positions, given = 0, torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+        for count, total in self.sums.values():
+            if isinstance(self.module, nn.Linear):
+                outputs = (weight @ total).unsqueeze(1)
+            else:
+                outputs = self.module._conv_forward((total / count).unsqueeze(0), weight, None).flatten(2)[0] * count
+            given += outputs.sum(1)
+            positions += count * outputs.shape[1]
+        return given / positions
+
+
 def _added(sums: Tensor, one: Tensor, other: Tensor) -> Tensor:
     if not sums.ndim:
         return one.mT @ other

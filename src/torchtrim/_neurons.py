@@ -70,12 +70,46 @@ class Description:
 
 
 @dataclass(frozen=True, eq=False)
+class Mixture:
+    """Experts among which a router picks by data. `router`: the layer whose neurons they are; it names its scores.
+
+    block: the module in which all of them run. vectors: what is added to their scores besides. lists: of modules, one
+    for each expert. attributes: by module and name, those that count them. limits: how many must stay of which roots,
+    for they are picked from these.
+    """
+
+    router: str
+    block: str
+    vectors: tuple[str, ...]
+    lists: tuple[str, ...]
+    attributes: tuple[tuple[str, str], ...]
+    roots: Atoms
+    limits: tuple[tuple[Atoms, int], ...]
+
+    @property
+    def picked(self) -> int:
+        """How many experts a token goes to at most."""
+        return max((least for roots, least in self.limits if roots.size == self.roots.size), default=1)
+
+    def lacking(self, kept: Kept) -> Atoms:
+        """The roots that must stay too, or there would be fewer than are picked."""
+        kept, wanted = kept.copy(), []
+        for roots, least in self.limits:
+            for root in roots[~kept[roots]]:
+                if kept[roots].sum() < least:
+                    kept[root] = True
+                    wanted.append(root)
+        return np.array(wanted, np.int64)
+
+
+@dataclass(frozen=True, eq=False)
 class NeuronGraph:
     """What `trace` found. `layers` in the order of execution; tied layers share a `group` (its first layer's name).
 
     `axes`: the roots of every axis of every tensor; `atoms`: the atoms that these are the roots of.
     `sizes`: what the modules' own code gave to labelled axes. `through_norms`: whether what norms average over may go.
     `certain`: whether a trial cut can teach nothing, since the model's code was seen to know none of its widths.
+    `experts`: whether experts may, which `mixtures` then lists.
     """
 
     layers: Mapping[str, Layer]
@@ -91,6 +125,8 @@ class NeuronGraph:
     sizes: tuple[Size, ...] = ()
     through_norms: bool = False
     certain: bool = False
+    experts: bool = False
+    mixtures: tuple[Mixture, ...] = ()
 
     @property
     def locked(self) -> dict[str, str]:
@@ -106,6 +142,11 @@ class NeuronGraph:
         for name, neurons in removed.items():
             kept[self.layers[name].roots[list(neurons)]] = False
         return kept
+
+    @property
+    def experts_roots(self) -> Atoms:
+        """Those of all experts."""
+        return np.concatenate([np.empty(0, np.int64), *(mixture.roots for mixture in self.mixtures)])
 
     def __str__(self) -> str:
         """A line per layer: its neurons, the group with which they go, its activation calls, and why it is locked."""

@@ -8,12 +8,14 @@ The rows of products, statistics and shapes are in rooms of their own.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchtrim._labels import UNIFORM, Atoms, Factor, Labels, Ledger, Shape, fit
+from torchtrim._labels import UNIFORM, ZEROS, Atoms, Factor, Labels, Ledger, Shape, fit
 
 FACTORIES = frozenset(["empty", "zeros", "ones", "full", "rand", "randn", "empty_strided", "scalar_tensor"])
 
@@ -115,18 +117,18 @@ def merge(call: Call, operands: Sequence[Operand], zero: Callable[[Flags], bool]
     ndim = max((len(shape) for _, shape, _ in operands), default=0)
     found: list[tuple[Factor, Flags]] = []
     fixed: set[int] = set()  # axes along which some operand has a size but no neurons, so that it cannot follow
-    for index, (factors, shape, uniform) in enumerate(operands):
-        missing = ndim - len(shape)
-        own = [fit(factor, ndim) for factor in factors]
+    fitted = [[fit(raw, ndim) for raw in factors] for factors, _, _ in operands]
+    crossing = _crossing(call, fitted, [(1,) * (ndim - len(shape)) + tuple(shape) for _, shape, _ in operands])
+    for index, (own, (_, shape, uniform)) in enumerate(zip(fitted, operands, strict=True)):
         for factor in own:
-            flags = _united(call, found, factor)
+            flags = _united(call, [one for one in found if (id(one[0]), id(factor)) not in crossing], factor)
             if flags is None:
                 flags = Flags([None] * len(operands))
                 found.append((factor, flags))
             flags[index] = factor.zero
         if not uniform:
             covered = {axis for factor in own for axis in factor.axes()}
-            fixed.update(i for i, size in enumerate(shape, missing) if size > 1 and i not in covered)
+            fixed.update(i for i, size in enumerate(shape, ndim - len(shape)) if size > 1 and i not in covered)
     merged: list[Factor] = []
     for factor, flags in found:
         current: Factor | None = factor
@@ -137,7 +139,45 @@ def merge(call: Call, operands: Sequence[Operand], zero: Callable[[Flags], bool]
     return merged
 
 
-def _united(call: Call, found: list[tuple[Factor, Flags]], factor: Factor) -> Flags | None:
+def _crossing(call: Call, operands: Sequence[Sequence[Factor]], shapes: Sequence[Shape]) -> set[tuple[int, int]]:
+    """The pairs of labels that lie across each other along an axis that was joined of two, such as experts and units.
+
+    In other operands each meets its own kind, if they have the axis; one of which there is no such kind stays.
+    """
+    if not any(set(one.axes()) & set(other.axes()) for some in operands for one, other in combinations(some, 2)):
+        return set()
+    every = [(place, factor, _pattern(factor)) for place, factors in enumerate(operands) for factor in factors]
+    kinds = {(place, pattern) for place, _, pattern in every}
+    pairs: set[tuple[int, int]] = set()
+    for (place, one, pattern), (there, other, pattern_there) in combinations(every, 2):
+        if one.axes() != other.axes() or _tells(pattern, pattern_there) or _tells(pattern_there, pattern):
+            continue
+        met = any((elsewhere, pattern) in kinds for elsewhere in range(len(operands)) if elsewhere != place)
+        met_there = any((elsewhere, pattern_there) in kinds for elsewhere in range(len(operands)) if elsewhere != there)
+        others = [shape for elsewhere, shape in enumerate(shapes) if elsewhere not in (place, there)]
+        alone = place == there and all(shape[axis] == 1 for shape in others for axis in one.axes())
+        if met or met_there or alone:
+            pairs.add((id(one), id(other)))
+        if place != there and met != met_there:
+            call.ledger.pin((other if met else one).atoms.ravel(), call.reason("combined"))
+    return pairs
+
+
+_Pattern = tuple[Shape, bytes]  # of each position, the first that has the same label
+
+
+def _pattern(factor: Factor) -> _Pattern:
+    _, first, inverse = np.unique(factor.atoms, return_index=True, return_inverse=True)
+    return factor.atoms.shape, first[inverse.ravel()].tobytes()
+
+
+def _tells(one: _Pattern, other: _Pattern) -> bool:
+    """Whether what is alike by one pattern is alike by the other."""
+    mine, theirs = (np.frombuffer(content, np.int64) for _, content in (one, other))
+    return mine.size == theirs.size and np.array_equal(theirs[mine], theirs)
+
+
+def _united(call: Call, found: Sequence[tuple[Factor, Flags]], factor: Factor) -> Flags | None:
     """Unite a factor with those that share an axis with it; returns the flags of the one of its own shape."""
     axes = set(factor.axes())
     same: Flags | None = None
@@ -266,13 +306,15 @@ def unknown(call: Call) -> Labels:
     for tensor in operands:
         for factor in call.labels_of(tensor).factors:
             call.ledger.pin(factor.atoms.ravel(), call.reason("no rule is known, so it is left alone: read"))
-    return UNIFORM if not operands and call.name in FACTORIES else Labels(static=not operands)
+    if operands or call.name not in FACTORIES:
+        return Labels(static=not operands)
+    return ZEROS if call.name == "zeros" else UNIFORM
 
 
 @ROWS.of("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
      "new_full", "new_empty", "new_empty_strided")  # fmt: skip
 def _uniform(call: Call) -> Labels:
-    return UNIFORM
+    return ZEROS if "zeros" in call.name else UNIFORM
 
 
 @ROWS.of("bernoulli", "uniform", "normal", "fill", "zero")

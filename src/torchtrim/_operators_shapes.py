@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchtrim._labels import Atoms, Factor, Labels, fit, reshape, segments
-from torchtrim._operators import Call, Operand, Table, all_zero, merge, pointwise, tensors, unknown, with_indices
+from torchtrim._operators import Call, Flags, Operand, Table, all_zero, merge, pointwise, tensors, unknown, with_indices
 
 ROWS = Table()
 
@@ -298,6 +298,26 @@ def _index(call: Call) -> Labels:
     extra = call.result.ndim - (inputs.ndim - len(picked))
     shapes = [(*f.atoms.shape[: picked[0]], *(1,) * extra, *f.atoms.shape[picked[-1] + 1 :]) for f in factors]
     return labels.with_factors(f.map(f.atoms.reshape(shape)) for f, shape in zip(factors, shapes, strict=True))
+
+
+@ROWS.of("index_add")
+def _index_add(call: Call) -> Labels:
+    """Rows are added to those that the data pick: their axis keeps its size."""
+    inputs, axis, index, added = call.args[:4]
+    if _has_labels(call, [index]):
+        return unknown(call)
+    operands: list[Operand] = []
+    for one in (inputs, added):
+        labels = call.labels_of(one)
+        factors = call.fix_axes(labels.factors, [axis % inputs.ndim], "positions are picked")
+        shape = tuple(1 if i == axis % inputs.ndim else size for i, size in enumerate(one.shape))
+        operands.append((factors, shape, labels.uniform))
+    empty = call.labels_of(inputs).zeros
+
+    def zero(flags: Flags) -> bool:
+        return bool((flags[0] or empty) and (flags[1] or (flags[1] is None and call.labels_of(added).zeros)))
+
+    return Labels(tuple(merge(call, operands, zero)))
 
 
 def _has_labels(call: Call, indices: Sequence[Tensor]) -> bool:

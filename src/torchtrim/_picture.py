@@ -163,7 +163,7 @@ def _accuracy(axes: Any, rounds: Sequence[Round], ancestor: float) -> None:
     trimmed, retrained = [accuracy.trimmed for accuracy in told], [accuracy.retrained for accuracy in told]
     axes.set_yscale("function", functions=(_opened, lambda z: 100.1 - 10.0**-z))
     axes.axhline(ancestor, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), label=f"ancestor, {ancestor:.2f} %")
-    axes.plot(compression, trimmed, "s--", color=_REMOVED, markerfacecolor="white", label="right after trimming")
+    axes.plot(compression, trimmed, "s--", color=_REMOVED, markerfacecolor="white", label="before retraining")
     axes.plot([1, *compression], [ancestor, *retrained], "o-", color=_KEPT, label="after retraining")
     for x, low, high in zip(compression, trimmed, retrained, strict=True):
         for value, up in ((low, low > high), (high, low <= high)):

@@ -14,6 +14,7 @@ from torchtrim.errors import PlanError, nearest
 
 _FORMAT = "torchtrim-plan"
 _VERSION = 1
+_ASKED = ("through_norms", "experts")  # what may go only if it is asked for
 
 
 @dataclass(frozen=True)
@@ -53,24 +54,25 @@ class Plan:
 
     layers: what each layer loses, by its name. source: how it was decided, such as "apoz, mean + 1.0 std".
     notes: what the user should know about the decision. through_norms: whether neurons that norms average over may be
-    among them, as in `trace`.
+    among them, as in `trace`; experts: likewise for the experts of mixtures.
     """
 
     layers: Mapping[str, LayerPlan]
     source: str = ""
     notes: tuple[str, ...] = ()
     through_norms: bool = False
+    experts: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
         object.__setattr__(self, "notes", tuple(self.notes))
 
     def __hash__(self) -> int:
-        return hash((frozenset(self.layers.items()), self.source, self.notes, self.through_norms))
+        return hash((frozenset(self.layers.items()), self.source, self.notes, self.through_norms, self.experts))
 
-    def __reduce__(self) -> tuple[type["Plan"], tuple[dict[str, LayerPlan], str, tuple[str, ...], bool]]:
+    def __reduce__(self) -> tuple[type["Plan"], tuple[dict[str, LayerPlan], str, tuple[str, ...], bool, bool]]:
         # A mapping proxy cannot be pickled or deep-copied.
-        return type(self), (dict(self.layers), self.source, self.notes, self.through_norms)
+        return type(self), (dict(self.layers), self.source, self.notes, self.through_norms, self.experts)
 
     @property
     def removed(self) -> dict[str, tuple[int, ...]]:
@@ -94,8 +96,8 @@ class Plan:
         """The plan as JSON text, read back by `from_json`."""
         layers = {name: {"width": layer.width, "removed": list(layer.removed)} for name, layer in self.layers.items()}
         content = {"format": _FORMAT, "version": _VERSION, "source": self.source, "notes": list(self.notes)}
-        norms = {"through_norms": True} if self.through_norms else {}
-        return json.dumps({**content, **norms, "layers": layers})
+        asked = {name: True for name in _ASKED if getattr(self, name)}
+        return json.dumps({**content, **asked, "layers": layers})
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -111,14 +113,17 @@ class Plan:
         faults: list[str] = []
         source: Any = content.get("source")
         notes: Any = content.get("notes")
-        through_norms: Any = content.get("through_norms", False)
+        asked: dict[str, Any] = {name: content.get(name, False) for name in _ASKED}
         entries: Any = content.get("layers")
         if not isinstance(source, str):
             faults.append(f"source: expected text, found {source!r}")
         if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
             faults.append(f"notes: expected a list of texts, found {notes!r}")
-        if not isinstance(through_norms, bool):
-            faults.append(f"through_norms: expected true or false, found {through_norms!r}")
+        faults += [
+            f"{name}: expected true or false, found {value!r}"
+            for name, value in asked.items()
+            if not isinstance(value, bool)
+        ]
         if not isinstance(entries, dict):
             faults.append(f"layers: expected an object, found {entries!r}")
             entries = {}
@@ -130,7 +135,7 @@ class Plan:
                 faults.append(f"layer {name!r}: {error}")
         if faults:
             raise PlanError("malformed plan:\n  " + "\n  ".join(faults))
-        return cls(layers, source, tuple(notes), through_norms)
+        return cls(layers, source, tuple(notes), **asked)
 
     def __str__(self) -> str:
         rows = [("layer", "width", "", "after", "removed", "share")]

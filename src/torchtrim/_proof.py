@@ -7,6 +7,7 @@ demanded of the labels was settled by the trace, so that equal labels mean equal
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torchtrim._labels import Atoms, Factor, Labels, Ledger, Shape, Unheard, can
 from torchtrim._neurons import Kept, NeuronGraph, cut, memory_of, silence
 from torchtrim._origins import Look, Piece
 from torchtrim._run import RunError, run
+from torchtrim._without_norms import WithoutNorms
 
 
 class Failure(NamedTuple):
@@ -66,7 +68,8 @@ def prove(
             own = not keep and len(graph.recordings) == 1 and graph.device == "meta"
             copy = generalise(trimmed) if own else on_device(trimmed, graph.device)
             ledger = Unheard(settled, through_norms=graph.through_norms)
-            flow = run(copy, example, labels, ledger, training=training, device=graph.device)
+            with _comparable(graph):
+                flow = run(copy, example, labels, ledger, training=training, device=graph.device)
         except RunError as error:
             return _blame_error(graph, kept, steps, error)._replace(reached=reached + len(error.flow.steps))
         reached += len(flow.steps)
@@ -135,8 +138,14 @@ def _references(model: nn.Module, graph: NeuronGraph, kept: Kept) -> Iterable[tu
         copy = on_device(silent, graph.device)
         ledger = graph.ledger(_settled(graph))
         example = graph.training_example if training else graph.example
-        flow = run(copy, example, numbered(model, graph.atoms), ledger, training=training, device=graph.device)
+        with _comparable(graph):
+            flow = run(copy, example, numbered(model, graph.atoms), ledger, training=training, device=graph.device)
         yield training, flow.steps, ledger
+
+
+def _comparable(graph: NeuronGraph) -> AbstractContextManager[Any]:
+    """Where data decide what runs, both models run without norms that average over fewer neurons in one."""
+    return WithoutNorms() if graph.through_norms and graph.device != "meta" else nullcontext()
 
 
 def _compare_steps(

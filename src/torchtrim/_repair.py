@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchtrim._calibration import Calibration, Listener, as_found
-from torchtrim._consumers import Consumer, Reader, consumers, levels, removed_between
+from torchtrim._consumers import Consumer, Reader, consumers, difference, levels
 from torchtrim._copies import named_modules, named_tensors, rebuild
 from torchtrim._forward import Forward
 from torchtrim._graph import untried
 from torchtrim._history import history, set_history
-from torchtrim._moments import Moments, Residuals, features, fit, groups, pieces, rows
+from torchtrim._moments import ChannelSums, InputMeans, Moments, Residuals, features, fit, groups, pieces, rows
 from torchtrim._neurons import Kept, NeuronGraph
 from torchtrim._trial import tried
 from torchtrim.errors import PlanError, ProfileError, TorchtrimError, TorchtrimWarning
@@ -46,18 +46,17 @@ def repair(
     """A new model that makes up for what `trim` removed; `trimmed` and `original` are untouched.
 
     trimmed: what `trim` made of `original`, at once or in several steps, not retrained since. example: as for `trim`;
-    what `trace` found of the original will do. batches, forward: as for `profile`; data that the model is neither
-    tested on nor, for an honest choice of sizes, decided on. They are read several times. how: one way, or several, in
-    this order:
+    what `trace` found of the original will do. batches, forward: as for `profile`; data that the model is not
+    tested on, and that can be read several times. how: one way, or several, in this order:
 
     - "mean": the mean of what each removed neuron gave to a layer is added to the layer's bias; without one, to the
       batch norm that follows, or else there is one from now on. Measured where the layer reads it: behind batch norms,
       pooling and flattening, by position. Exact for neurons that are constant there; where a convolution pads with
-      zeros, the mean includes the border. Costs one pass of the original, and next to no memory.
+      zeros, the mean includes the border. Costs one pass of the original, and one example of what each layer reads.
     - "least-squares": the weights and bias of each layer that lost inputs are refitted to what it computes in the
       original, on inputs that are repaired already. The squared error there never rises. Costs a pass of both models
       for each layer that lies behind another; in float64, the square of its inputs (times the kernel), at most
-      24 · block² bytes, beside what the models take. Layers with more inputs than `block` are fitted by parts, a pass
+      32 · block² bytes, beside what the models take. Layers with more inputs than `block` are fitted by parts, a pass
       for each, each given what the others do: better than before, not the best. Where there is no bias, and no batch
       norm that alone follows, none is made.
     - "batchnorm": the mean and variance of each batch norm are those of the data. One pass of the trimmed model, in
@@ -133,7 +132,7 @@ def _what_is_left(original: nn.Module, trimmed: nn.Module, example: Any) -> tupl
         if unknown:
             raise PlanError(f"repair: the original has no layer {unknown[0]!r}; pass the model that was trimmed")
         kept = graph.bodies(gone)
-        fault = removed_between(original, trimmed, graph, kept)
+        fault = difference(trimmed, graph, kept)
         if fault is None:
             return graph, kept
     raise PlanError(f"repair: the trimmed model is not the original without what was removed: {fault}")
@@ -192,15 +191,17 @@ class _Work:
     # -------------------------------------------------------------- mean
 
     def add_means(self) -> None:
-        means = {name: _Mean(consumer, self.theirs[name]) for name, consumer in self.consumers.items()}
+        means = {name: InputMeans(self.theirs[name]) for name in self.consumers}
         for batch in self.data:
             self.data.run(self.original, batch, {self.theirs[name]: mean.add for name, mean in means.items()})
         for name, mean in means.items():
-            if mean.count:
-                self._check(name, mean.total)
-                self._add_constant(self.consumers[name], mean.total / mean.count, new=True)
-            else:
+            if not mean.sums:
                 self.notes[name] = _NEVER_RUN
+                continue
+            consumer = self.consumers[name]
+            given = mean.through(~torch.from_numpy(consumer.inputs))[torch.from_numpy(consumer.outputs)]
+            self._check(name, given)
+            self._add_constant(consumer, given, new=True)
 
     # -------------------------------------------------------------- least squares
 
@@ -279,11 +280,11 @@ class _Work:
     # -------------------------------------------------------------- batch norm
 
     def measure_norms(self) -> None:
-        sums: dict[_BatchNorm, _Sums] = {}
+        sums: dict[_BatchNorm, ChannelSums] = {}
         for name, module in self.ours.items():
             if isinstance(module, _BatchNorm) and module.running_mean is not None:
                 if _is_free(module):
-                    sums[module] = _Sums()
+                    sums[module] = ChannelSums()
                 else:
                     self.notes[name] = "it is frozen"
         before = [(module, module.num_batches_tracked, module.training) for module in sums]
@@ -359,42 +360,3 @@ class _Wanted:
     def keep(self, _: Tensor, outputs: Tensor) -> None:
         stay = torch.from_numpy(np.flatnonzero(self.consumer.outputs)).to(outputs.device)
         self.outputs.append(outputs.index_select(self.axis(outputs), stay))  # what follows may write over the outputs
-
-
-class _Sums:
-    """Σ x and Σ x² of what a batch norm is given, and of how many: float64 [channels]."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total = self.square = torch.zeros((), dtype=torch.float64)
-
-    def add(self, inputs: Tensor, _: Tensor) -> None:
-        values = inputs.detach().transpose(0, 1).flatten(1).double()
-        self.count += values.shape[1]
-        self.total = self.total.to(values.device) + values.sum(1)
-        self.square = self.square.to(values.device) + values.square().sum(1)
-
-
-class _Mean:
-    """The mean of what the removed neurons give to a layer: Σ float64 [outputs], and over how many positions."""
-
-    def __init__(self, consumer: Consumer, module: Reader) -> None:
-        gone = torch.from_numpy(~consumer.inputs).to(module.weight.device)
-        self.module = module
-        self.outputs = torch.from_numpy(consumer.outputs).to(module.weight.device)
-        self.weight = module.weight.detach().double() * gone.view(-1, *[1] * (module.weight.ndim - 2))
-        self.count = 0
-        self.total = torch.zeros((), dtype=torch.float64)
-
-    def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """The mean over a batch is taken before the layer, which is linear, so that this costs one example."""
-        if isinstance(self.module, nn.Linear):
-            given = inputs.reshape(-1, inputs.shape[-1]).mean(0, dtype=torch.float64) @ self.weight.mT
-            count = inputs.shape[:-1].numel()
-        else:
-            batched = inputs.ndim == self.weight.ndim
-            images = (inputs if batched else inputs.unsqueeze(0)).mean(0, keepdim=True, dtype=torch.float64)
-            given = self.module._conv_forward(images, self.weight, None).flatten(2).mean((0, 2))
-            count = outputs.numel() // self.weight.shape[0]
-        self.count += count
-        self.total = self.total.to(given.device) + count * given[self.outputs]

@@ -68,7 +68,7 @@ class RoundTable:
         cost = ancestor.cost
         self.first = self._cells(0, ancestor.widths, cost, cost, f"{ancestor.accuracy:.2f}", ancestor.seconds)
         self.caption = (
-            "Round 0 is the ancestor. Accuracy: right after trimming → after retraining. FLOPs: of one input, a "
+            "Round 0 is the ancestor. Accuracy: before → after retraining. FLOPs: of one input, a "
             f"multiplication with its addition as two. Latency: of a batch of {batch} inputs on {device}, "
             "of the ancestor → of the trimmed model, timed in turns."
         )

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchtrim._attention import adapt
-from torchtrim._copies import compacted, named_tensors, rebuild, without_caches
+from torchtrim._copies import compacted, contract, named_tensors, rebuild, without_caches
 from torchtrim._files import write_whole
 from torchtrim._history import History, describes, history, set_history
 from torchtrim._neurons import memory_of
@@ -87,6 +87,7 @@ def write_model(model: nn.Module, path: Path, facts: Mapping[str, Any]) -> None:
         "shapes": {name: list(shape) for name, shape in past.shapes.items()},
         "attributes": past.attributes,
         "biases": list(past.biases),
+        "lists": past.lists,
         "tied": tied,
         "shared": shared,
         "strides": {name: strides for name, tensor in own.items() if (strides := _strides(tensor)) is not None},
@@ -158,9 +159,10 @@ class _Content:
         try:
             shapes = {name: tuple(map(int, shape)) for name, shape in content["shapes"].items()}
             attributes = {name: dict(values) for name, values in content["attributes"].items()}
+            lists = {name: tuple(map(int, places)) for name, places in content.get("lists", {}).items()}
             plans = tuple(Plan.from_json(json.dumps(plan)) for plan in content["plans"])
             parsed = cls(
-                History(plans, shapes, attributes, tuple(map(str, content.get("biases", ())))),
+                History(plans, shapes, attributes, tuple(map(str, content.get("biases", ()))), lists),
                 dict(content["tied"]),
                 dict(content["shared"]),
                 {name: tuple(map(int, strides)) for name, strides in content["strides"].items()},
@@ -205,6 +207,7 @@ class _Content:
 def _read(model: nn.Module, path: Path) -> tuple[nn.Module, _Content]:
     with _opened(path) as file:
         content = _Content.of(file, path)
+        model = _contracted(model, content.history.lists, path)
         _check(model, content, path)
         fresh = named_tensors(model)
         tensors = _Tensors(file, content)
@@ -224,6 +227,25 @@ def _read(model: nn.Module, path: Path) -> tuple[nn.Module, _Content]:
             setattr(modules[name], key, copy.copy(values[key]))
     set_history(compacted(adapt(without_caches(loaded))), replace(content.history, attributes=attributes))
     return loaded, content
+
+
+def _contracted(model: nn.Module, lists: Mapping[str, tuple[int, ...]], path: Path) -> nn.Module:
+    """A copy with what is left of its lists of modules; the model itself where they are whole."""
+    if not lists:
+        return model
+    past = history(model)
+    left: dict[str, list[int]] = {}
+    for name, places in lists.items():
+        try:
+            entries = past.lists.get(name, range(len(model.get_submodule(name)._modules)))
+            left[name] = [list(entries).index(place) for place in places]
+        except (AttributeError, ValueError) as error:
+            raise StoreError(
+                f"{path}: expected a model with entries {list(places)} in {name}; build it anew"
+            ) from error
+    small = rebuild(model, named_tensors(model))
+    contract(small, left)
+    return small
 
 
 class _Tensors:

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from torchtrim._copies import compacted, named_tensors, without_caches
+from torchtrim._experts import close, lists_left
 from torchtrim._graph import untried
 from torchtrim._history import remember
 from torchtrim._neurons import Kept, NeuronGraph, memory_of, silence
@@ -24,17 +25,21 @@ def trim(model: nn.Module, plan: Plan, example: Any) -> nn.Module:
     `TorchtrimWarning` that says why. The plan as it was carried out is noted on the new model, for `save`.
     """
     trimmed, graph, kept = _carry_out(model, plan, example)
-    remember(model, trimmed, _carried_out(graph, plan, kept))
+    remember(model, trimmed, _carried_out(graph, plan, kept), lists_left(graph, kept))
     return trimmed
 
 
 def mask(model: nn.Module, plan: Plan, example: Any) -> nn.Module:
     """A new model of the old shape in which the plan's neurons are silent: their parameters are zero.
 
+    The scores of experts that go are minus infinity, so that none of them is picked.
+
     example: as for `trim`.
     """
     _, graph, kept = _carry_out(model, plan, example)
-    return silence(model, graph, kept)
+    silent = silence(model, graph, kept)
+    close(silent, graph, {one.router: np.flatnonzero(~kept[one.roots]) for one in graph.mixtures})
+    return silent
 
 
 def _kept(graph: NeuronGraph, plan: Plan) -> Kept:
@@ -49,6 +54,11 @@ def _kept(graph: NeuronGraph, plan: Plan) -> Kept:
     for name, layer in graph.layers.items():
         if not kept[layer.roots].any():
             faults.append(f"{name}: it would lose all its {layer.width} neurons; keep at least one")
+    faults += [
+        f"{one.router}: {one.picked} of its experts are picked; keep {lacking.size} more"
+        for one in graph.mixtures
+        if (lacking := one.lacking(kept)).size
+    ]
     if faults:
         raise PlanError("the plan cannot be carried out:\n  " + "\n  ".join(faults))
     return kept
@@ -61,7 +71,7 @@ def _carried_out(graph: NeuronGraph, plan: Plan, kept: Kept) -> Plan:
         gone = np.flatnonzero(~kept[layer.roots])
         if name in plan.layers or gone.size:
             layers[name] = LayerPlan(layer.width, tuple(gone.tolist()))
-    return Plan(layers, plan.source, plan.notes, plan.through_norms)
+    return Plan(layers, plan.source, plan.notes, plan.through_norms, plan.experts)
 
 
 def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, NeuronGraph, Kept]:
@@ -69,7 +79,8 @@ def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, N
     graph = _graph_of(model, plan, example)
     kept = _kept(graph, plan)
     trimmed, failure = attempt(model, graph, kept, named_tensors(model))
-    if failure is not None:  # a trial tells which layers are locked, so that the plan is refused if it means them
+    # A trial tells which layers are locked, so that the plan is refused if it means them; `trace` tells of no other.
+    if failure is not None and not graph.certain:
         graph = tried(model, graph)
         kept = _kept(graph, plan)
     while failure is not None:
@@ -87,7 +98,7 @@ def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, N
 def _graph_of(model: nn.Module, plan: Plan, example: Any) -> NeuronGraph:
     """What was found of the model already, or is found now."""
     if not isinstance(example, NeuronGraph):
-        return untried(model, example, through_norms=plan.through_norms)
+        return untried(model, example, through_norms=plan.through_norms, experts=plan.experts)
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     found = {name: tuple(map(len, axes)) for name, axes in example.axes.items()}
     if shapes != found:
@@ -95,6 +106,8 @@ def _graph_of(model: nn.Module, plan: Plan, example: Any) -> NeuronGraph:
         raise PlanError(f"the graph is of another model: {odd[0]} differs; trace this one")
     if plan.through_norms and not example.through_norms:
         raise PlanError("the plan goes through norms, the graph does not; trace with through_norms=True")
+    if plan.experts and not example.experts:
+        raise PlanError("the plan is of experts too, the graph is not; trace with experts=True")
     return example
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from torchtrim._copies import named_modules, named_tensors, rebuild
+from torchtrim._experts import difference, without_experts
 from torchtrim._flow import Step
 from torchtrim._labels import Atoms, components
 from torchtrim._neurons import Description, Kept, Layer, NeuronGraph, cut, group_of
@@ -27,20 +28,26 @@ def tried(model: nn.Module, graph: NeuronGraph) -> NeuronGraph:
                 graph, failure = other, again
             continue
         failure = failure if failure.blamed else _narrowed(model, graph, failure)
-        names = frozenset(_pattern(name) for name in _of(graph, failure.blamed))
+        names = frozenset(_place_in_block(name) for name in _of(graph, failure.blamed))
         habit = _pattern(failure.reason), names
         if habit in failed:  # twice is a habit of all layers that are called so
-            alike = [layer for name, layer in graph.layers.items() if _pattern(name) in names]
+            alike = [layer for name, layer in graph.layers.items() if _place_in_block(name) in names]
             failure = failure._replace(blamed=failure.blamed.union(*(layer.roots.tolist() for layer in alike)))
         failed.add(habit)
         graph = _regrouped(graph, graph.layers, failure.blamed, failure.reason)
         failure = _try(model, graph)
-    return graph
+    return _with_proved_experts(model, graph) if graph.mixtures else graph
 
 
 def _pattern(text: str) -> str:
     """Without the numbers by which repeated blocks differ."""
     return re.sub(r"\d+", "N", text)
+
+
+def _place_in_block(layer: str) -> str:
+    """A layer's name without the numbers of its block; one of its own tells it from its neighbours."""
+    block, dot, own = layer.rpartition(".")
+    return f"{_pattern(block)}{dot}{own}"
 
 
 def _of(graph: NeuronGraph, roots: set[int]) -> list[str]:
@@ -51,7 +58,7 @@ def _of(graph: NeuronGraph, roots: set[int]) -> list[str]:
 def trial(graph: NeuronGraph) -> Kept:
     """A third of every group's neurons removed at random, one at least. Every axis keeps two, or one of two.
 
-    A single neuron has no label of its own to compare where it is joined to others.
+    A single neuron has no label of its own to compare where it is joined to others. Experts are tried by themselves.
     """
     random = np.random.default_rng(0)
     kept = np.ones(len(graph.root), bool)
@@ -60,7 +67,9 @@ def trial(graph: NeuronGraph) -> Kept:
         if not layer.locked:
             groups.setdefault(layer.group, set()).update(layer.roots[layer.removable].tolist())
     for units in groups.values():
-        ordered = np.array(sorted(units))
+        ordered = np.array(sorted(units.difference(graph.experts_roots.tolist())), np.int64)
+        if not ordered.size:
+            continue
         kept[random.choice(ordered, max(1, len(ordered) * 3 // 10), replace=False)] = False
     for roots in (roots for per_axis in graph.axes.values() for roots in per_axis if roots.size > 1):
         if kept[roots].all():
@@ -80,10 +89,39 @@ def attempt(
 
     keep: whether it will be used; else the proof may run on it as it is.
     """
-    tensors = cut(graph, sources, kept)
+    experts = graph.experts_roots
+    whole = kept.copy()
+    whole[experts] = True
+    tensors = cut(graph, sources, whole)
     trimmed = rebuild(model, tensors)
-    set_attributes(model, trimmed, graph, kept)
-    return trimmed, prove(model, graph, trimmed, kept, tensors, keep=keep)
+    set_attributes(model, trimmed, graph, whole)
+    failure = prove(model, graph, trimmed, whole, tensors, keep=keep)
+    if failure is None and not kept[experts].all():
+        trimmed, fault = without_experts(model, graph, kept, sources)
+        if fault is not None:
+            failure = Failure(set(experts[~kept[experts]].tolist()), f"its experts stay: {fault}")
+    return trimmed, failure
+
+
+def _with_proved_experts(model: nn.Module, graph: NeuronGraph) -> NeuronGraph:
+    """The graph in which those experts are locked that a trial, which removes a third of them, shows to be no good."""
+    random = np.random.default_rng(0)
+    kept = np.ones(len(graph.root), bool)
+    for one in graph.mixtures:
+        units = np.unique(one.roots)
+        # the last stays, so that others have another number
+        kept[random.choice(units[:-1], max(1, len(units) * 3 // 10), replace=False)] = False
+        kept[one.lacking(kept)] = True
+    faults: dict[str, str] = {}
+    together = difference(model, graph, kept)
+    for one in graph.mixtures:
+        alone = np.ones(len(kept), bool)
+        alone[one.roots] = kept[one.roots]
+        fault = "all of them are picked" if alone.all() else together and difference(model, graph, alone)
+        if fault is not None:
+            faults[one.router] = fault
+            graph = _regrouped(graph, graph.layers, set(one.roots.tolist()), f"its experts stay: {fault}")
+    return replace(graph, mixtures=tuple(one for one in graph.mixtures if one.router not in faults))
 
 
 def _try(model: nn.Module, graph: NeuronGraph) -> Failure | None:

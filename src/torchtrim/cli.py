@@ -342,6 +342,14 @@ def inspect(
         ),
     ] = None,
     through_norms: ThroughNorms = False,
+    experts: Annotated[
+        bool,
+        typer.Option(
+            "--experts",
+            help="Trim whole experts of mixtures too, as neurons of their router.",
+            rich_help_panel=_TRIM,
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print it all as JSON, for programs.", rich_help_panel=_RUN)
     ] = False,
@@ -352,7 +360,13 @@ def inspect(
         from torchtrim import _inspect
 
         found = _inspect.inspect(
-            model, inputs=inputs, weights=weights, classes=classes, device=device, through_norms=through_norms
+            model,
+            inputs=inputs,
+            weights=weights,
+            classes=classes,
+            device=device,
+            through_norms=through_norms,
+            experts=experts,
         )
         if as_json:
             typer.echo(json.dumps(found.described(), indent=2))

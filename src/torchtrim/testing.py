@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrim._copies import call_arguments
 from torchtrim._graph import trace
 from torchtrim._neurons import NeuronGraph
 from torchtrim._plan import LayerPlan, Plan
 from torchtrim._surgery import mask, trim
+from torchtrim._without_norms import WithoutNorms
 from torchtrim.errors import TorchtrimError
 
 __all__ = ["WithoutNorms", "assert_exact", "random_plan"]
@@ -37,41 +37,11 @@ def random_plan(graph: NeuronGraph, seed: int = 0, fraction: float = 0.3) -> Pla
     for layer in graph.layers.values():
         if gone[layer.roots].all():
             gone[layer.roots[0]] = False
+    for mixture in graph.mixtures:
+        gone[mixture.lacking(~gone)] = False
     positions = {name: np.flatnonzero(gone[layer.roots]) for name, layer in graph.layers.items()}
     layers = {n: LayerPlan(graph.layers[n].width, tuple(p.tolist())) for n, p in positions.items() if p.size}
-    return Plan(layers, through_norms=graph.through_norms)
-
-
-class WithoutNorms(TorchDispatchMode):
-    """Inside, norms that average over neurons only scale and shift, and averages are sums divided by a constant.
-
-    A model that was trimmed through its norms averages over fewer neurons than the masked one; what it computes
-    besides can be compared in here.
-    """
-
-    _COUNT = 1024.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        if name in ("native_layer_norm", "_fused_rms_norm"):
-            inputs, vectors = args[0], args[2:4] if name == "native_layer_norm" else args[2:3]
-            return self._scaled(inputs, vectors), *(torch.zeros_like(inputs[..., 0]) for _ in vectors)
-        if name == "native_group_norm" and args[6] == 1:
-            vectors = [one if one is None else one.reshape(-1, *[1] * (args[0].ndim - 2)) for one in args[1:3]]
-            return self._scaled(args[0], vectors), *(torch.zeros_like(args[0][:, :1]) for _ in vectors)
-        if name in ("mean", "var", "std") and isinstance(args[0], Tensor):
-            dims = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else None
-            kept = (kwargs or {}).get("keepdim", args[2] if name == "mean" and len(args) > 2 else False)
-            values = args[0] if name == "mean" else args[0].square()
-            total = values.sum(dims, keepdim=kept) / self._COUNT
-            return total.sqrt() if name == "std" else total
-        return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _scaled(inputs: Tensor, vectors: Sequence[Tensor | None]) -> Tensor:
-        weight, bias = (*vectors, None)[:2]
-        scaled = inputs.clone() if weight is None else inputs * weight
-        return scaled if bias is None else scaled + bias
+    return Plan(layers, through_norms=graph.through_norms, experts=graph.experts)
 
 
 def assert_exact(
@@ -82,19 +52,20 @@ def assert_exact(
     seeds: Sequence[int] = (0,),
     rtol: float = 1e-6,
     through_norms: bool = False,
+    experts: bool = False,
 ) -> Plan:
     """Trim a model at random and compare with the same model masked, in double precision; returns the last plan.
 
     The model is copied, in evaluation mode, and its floating-point inputs are converted. example: as for `trace`;
     others: further inputs to compare on, such as another batch size. fraction: how much of every group goes.
-    through_norms: as for `trace`; both are then compared without norms, see `WithoutNorms`.
+    through_norms: as for `trace`; both are then compared without norms, see `WithoutNorms`. experts: as for `trace`.
 
     Raises AssertionError with the largest difference, relative to the largest output; TorchtrimError when nothing can
     be trimmed.
     """
     double = copy.deepcopy(model).double().eval()
     inputs = [pytree.tree_map(_double, one) for one in (example, *others)]
-    graph = trace(double, inputs[0], through_norms=through_norms)
+    graph = trace(double, inputs[0], through_norms=through_norms, experts=experts)
     plan = Plan({})
     for seed in seeds:
         plan = random_plan(graph, seed, fraction)
