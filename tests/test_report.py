@@ -145,6 +145,10 @@ def test_the_markdown_table() -> None:
 def test_a_profile_table_counts_and_gives_reasons() -> None:
     text = shown(profile_table(measured(), MeanPlusStd(1)))
     rows = {row[0]: row[1:] for line in text.splitlines() if "│" in line for row in [cells_of(line)]}
+    for name in ("conv1", "conv2", "fc1"):
+        low, high = measured()[name].interval()
+        rows[name][1], half = rows[name][1].split(" ± ")
+        assert float(half) == pytest.approx(50 * (high - low).mean(), abs=0.006)
     assert rows == {
         "conv1": ["4", "10.50", "0", "0", "1", ""],
         "conv2": ["4", "61.25", "1", "0", "1", ""],

@@ -138,7 +138,8 @@ def profile_table(measured: Profile, rule: Rule, criterion: Criterion | str = cr
     plans, reason = _plans(measured, rule, criterion)
     shown = Table(
         title=f"APoZ over {measured.examples:,} examples" + ", where it was interrupted" * measured.partial,
-        caption=f"APoZ: share of a neuron's activations that are zero. Removed: by the rule {rule}.{reason}",
+        caption=f"APoZ: share of a neuron's activations that are zero, ± with a confidence of 95 %. Removed: by the rule "
+        f"{rule}.{reason}",
         title_justify="left",
         caption_justify="left",
         caption_style="dim",
@@ -236,7 +237,7 @@ def _profile_cells(layer: LayerProfile, plan: LayerPlan | None) -> tuple[str, ..
     seen = bool(layer.positions.any())
     return (
         f"{layer.width:,}",
-        _mean(layer),
+        _mean(layer) + _uncertainty(layer),
         f"{_above(layer):,}" if seen else "–",
         f"{_always_zero(layer):,}" if seen else "–",
         f"{len(plan.removed):,}" if plan else "–",
@@ -245,6 +246,12 @@ def _profile_cells(layer: LayerProfile, plan: LayerPlan | None) -> tuple[str, ..
 
 def _mean(layer: LayerProfile) -> str:
     return f"{100 * np.nanmean(layer.apoz):.2f}" if layer.positions.any() else "–"
+
+
+def _uncertainty(layer: LayerProfile) -> str:
+    """Half of the mean of the neurons' intervals, which holds the mean whatever moves them together."""
+    low, high = layer.interval()
+    return f" ± {50 * np.nanmean(high - low):.2f}" if layer.positions.any() else ""
 
 
 def _above(layer: LayerProfile) -> int:
