@@ -138,8 +138,8 @@ def profile_table(measured: Profile, rule: Rule, criterion: Criterion | str = cr
     plans, reason = _plans(measured, rule, criterion)
     shown = Table(
         title=f"APoZ over {measured.examples:,} examples" + ", where it was interrupted" * measured.partial,
-        caption=f"APoZ: share of a neuron's activations that are zero, ± with a confidence of 95 %. Removed: by the rule "
-        f"{rule}.{reason}",
+        caption="APoZ: share of a neuron's activations that are zero, ± with a confidence of 95 %. "
+        f"Removed: by the rule {rule}.{reason}",
         title_justify="left",
         caption_justify="left",
         caption_style="dim",
