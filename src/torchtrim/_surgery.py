@@ -91,7 +91,7 @@ def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, N
             left = ", ".join(names) or "everything"
             warnings.warn(f"left untrimmed: {left}: {reason}", TorchtrimWarning, stacklevel=3)
             kept = kept.copy()
-            kept[list(blamed) or slice(None)] = True
+            kept[[root for root in blamed if not kept[root]] or slice(None)] = True
     return _own(model, without_caches(trimmed) if graph.device == "meta" else trimmed), graph, kept
 
 
