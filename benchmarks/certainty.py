@@ -42,7 +42,7 @@ def main() -> None:
                 "settled, but wrong",
             ]
             parts.append(f"## {name}: {network.units:,} neurons, {len(images):,} images\n\n{table(head, rows)}")
-    experiment.write("How little data settles a plan", f"{TEXT}\n{''.join(parts)}")
+    experiment.write("How little data settles a plan", "\n".join([TEXT, *parts]))
 
 
 TEXT = f"""Networks trained on MNIST's training images are measured over all of them, and, in several random orders, in

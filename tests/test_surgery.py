@@ -10,10 +10,11 @@ import torchvision
 from torch import nn
 
 import torchtrim
-from torchtrim import LayerPlan, Plan
+from torchtrim import LayerPlan, Plan, _surgery
 from torchtrim._lenet import LeNet
 from torchtrim._neurons import NeuronGraph
-from torchtrim.errors import PlanError, TraceError
+from torchtrim._proof import Failure
+from torchtrim.errors import PlanError, TorchtrimWarning, TraceError
 from torchtrim.testing import random_plan
 from toys import Net, assert_trim_equals_mask, randomised
 
@@ -381,3 +382,12 @@ def test_what_was_found_of_another_model_does_not_serve() -> None:
     through = Plan(plan.layers, through_norms=True)
     with pytest.raises(PlanError, match="trace with through_norms=True"):
         torchtrim.trim(model, through, torchtrim.trace(model, example))
+
+
+def test_a_proof_that_never_holds_leaves_all_and_ends(monkeypatch) -> None:
+    attempt = _surgery.attempt
+    monkeypatch.setattr(_surgery, "attempt", lambda *given: (attempt(*given)[0], Failure(set(), "it never holds")))
+    model, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 3)
+    with pytest.warns(TorchtrimWarning, match="left untrimmed: everything: it never holds"):
+        trimmed = torchtrim.trim(model, Plan({"0": LayerPlan(8, (1, 2))}), x)
+    assert torch.equal(trimmed(x), model(x))

@@ -85,6 +85,8 @@ def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, N
         kept = _kept(graph, plan)
     while failure is not None:
         trimmed, failure = attempt(model, graph, kept, named_tensors(model))
+        if kept.all():  # nothing goes, so that there is nothing to prove
+            break
         if failure is not None:
             blamed, reason = failure.blamed, failure.reason
             names = [name for name, layer in graph.layers.items() if blamed & set(layer.roots.tolist())]
