@@ -109,6 +109,14 @@ def test_a_rule_that_chooses_nothing_is_settled_at_once() -> None:
     assert found.examples < 1_000
 
 
+@pytest.mark.parametrize("every", [1, 100])
+def test_nothing_is_settled_before_enough_looks(every) -> None:
+    model, data = neurons(SHARES), normal(200, len(SHARES))
+    found = profile(model, data.split(50), until=Stable("threshold:0.55", every=every))
+    assert found.in_doubt == {"0": tuple(range(len(SHARES)))}
+    assert f"settled for all neurons but {len(SHARES)}" in str(found)
+
+
 def test_looks_may_be_rare() -> None:
     model, data = neurons(SHARES), normal(20_000, len(SHARES))
     found = profile(model, data.split(50), until=Stable("threshold:0.55", every=7))

@@ -67,7 +67,8 @@ def profile(
 
     The model is left as it was found: modes, gradients, hooks and random state.
     Raises ProfileError: no batches, a batch that does not fit the model, an activation that is NaN or infinite; the
-    message names the batch, and the layer where there is one; and the process, on all of them. Raises StoreError: a
+    message names the batch, and the layer where there is one; and the process, on all of them. Raises PlanError: layers
+    that `until` names and that cannot be trimmed. Raises StoreError: a
     checkpoint of another model, asked otherwise, or of other data; a file that cannot be written.
     """
     if isinstance(batches, Tensor):

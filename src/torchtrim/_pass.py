@@ -16,6 +16,7 @@ from torchtrim._classes import Labels, in_order, labels_of
 from torchtrim._copies import named_tensors
 from torchtrim._counting import native_room
 from torchtrim._forward import Forward, left_as_found, usual_call
+from torchtrim._neurons import NeuronGraph
 from torchtrim._parts import Part, added_up, since
 from torchtrim._profile import Profile
 from torchtrim._progress import shown, uninterrupted
@@ -37,10 +38,17 @@ class _Looks:
 
     def enough(self, watch: Watch) -> bool:
         """Whether the pass may end."""
-        if watch.batches % self._every or watch.graph is None:
-            return False
+        return not watch.batches % self._every and watch.graph is not None and self._look(watch, watch.graph)
+
+    def in_doubt(self, watch: Watch) -> dict[str, tuple[int, ...]]:
+        """By layer, the neurons that are not settled; all of them where the data ended before the first look."""
+        if not self._seen and watch.graph is not None:
+            self._look(watch, watch.graph)
+        return self.judge.in_doubt
+
+    def _look(self, watch: Watch, graph: NeuronGraph) -> bool:
         watch.look()
-        blank = self._blank = self._blank or unmeasured(self._model, watch.graph)
+        blank = self._blank = self._blank or unmeasured(self._model, graph)
         before, self._seen = self._seen, _parts(watch, watch.totals())
         so_far, latest = (
             blank.with_parts(parts, 0, zero_tolerance=watch.zero_tolerance)
@@ -166,7 +174,7 @@ class Pass:
                 )
                 for label, examples in sorted(watch.class_examples.items(), key=lambda one: in_order(one[0]))
             }
-            doubt = self._looks.judge.in_doubt if self._looks else None
+            doubt = self._looks.in_doubt(watch) if self._looks else None
             parts = _parts(watch, watch.totals())
             latest = blank.with_parts(parts, watch.examples, zero_tolerance=tolerance, in_doubt=doubt, classes=classes)
             found = latest if found is None else found.merge(latest)

@@ -91,7 +91,7 @@ class Judge:
             for layer, place in places.items():
                 neurons = np.flatnonzero(so_far[layer].unit >= 0)[~settled[place]]
                 self._in_doubt |= {layer: tuple(neurons.tolist())} if neurons.size else {}
-        return self._looks >= _FIRST and doubtful <= stable.in_doubt * units
+        return doubtful <= stable.in_doubt * units
 
     @property
     def in_doubt(self) -> dict[str, tuple[int, ...]]:
@@ -111,7 +111,9 @@ class Judge:
             # Recursive residuals: each has the variance of one look, although the mean so far varies too.
             squares = squares + strayed**2 * (1 - 1 / self._looks)
         self._groups[name] = _Group(scores, slope, squares)
-        return np.abs(scores - limit) > np.sqrt(squares / max(self._looks - 1, 1)) * self._bound()
+        if self._looks < _FIRST:
+            return np.zeros(scores.size, np.bool_)
+        return np.abs(scores - limit) > np.sqrt(squares / (self._looks - 1)) * self._bound()
 
     def _bound(self) -> float:
         """Half the width of the bounds for an estimated variance of one."""
@@ -120,7 +122,7 @@ class Judge:
         rho = (tight + math.log(tight + 1)) / _TIGHTEST
         inside = looks * rho + 1
         quantile = math.sqrt(2 * inside / (looks * rho) * math.log(math.sqrt(inside) / alpha))
-        return _student(quantile, max(looks - 1, 1)) / math.sqrt(looks)
+        return _student(quantile, looks - 1) / math.sqrt(looks)
 
 
 def _student(quantile: float, degrees: int) -> float:

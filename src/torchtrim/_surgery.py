@@ -83,17 +83,15 @@ def _carry_out(model: nn.Module, plan: Plan, example: Any) -> tuple[nn.Module, N
     if failure is not None and not graph.certain:
         graph = tried(model, graph)
         kept = _kept(graph, plan)
-    while failure is not None:
         trimmed, failure = attempt(model, graph, kept, named_tensors(model))
-        if kept.all():  # nothing goes, so that there is nothing to prove
-            break
-        if failure is not None:
-            blamed, reason = failure.blamed, failure.reason
-            names = [name for name, layer in graph.layers.items() if blamed & set(layer.roots.tolist())]
-            left = ", ".join(names) or "everything"
-            warnings.warn(f"left untrimmed: {left}: {reason}", TorchtrimWarning, stacklevel=3)
-            kept = kept.copy()
-            kept[[root for root in blamed if not kept[root]] or slice(None)] = True
+    while failure is not None and not kept.all():  # where nothing goes there is nothing to prove
+        blamed, reason = failure.blamed, failure.reason
+        names = [name for name, layer in graph.layers.items() if blamed & set(layer.roots.tolist())]
+        left = ", ".join(names) or "everything"
+        warnings.warn(f"left untrimmed: {left}: {reason}", TorchtrimWarning, stacklevel=3)
+        kept = kept.copy()
+        kept[[root for root in blamed if not kept[root]] or slice(None)] = True
+        trimmed, failure = attempt(model, graph, kept, named_tensors(model))
     return _own(model, without_caches(trimmed) if graph.device == "meta" else trimmed), graph, kept
 
 
