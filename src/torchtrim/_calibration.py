@@ -6,11 +6,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from torchtrim._attention import MultiheadAttention
-from torchtrim._copies import named_tensors
-from torchtrim._forward import Forward, left_as_found, usual_call
+from torchtrim._forward import Forward, device_of, left_as_found, moved, usual_call
 from torchtrim.errors import ProfileError, TorchtrimError
 
 Listener: TypeAlias = Callable[[Tensor, Tensor], Any]  # hears what a module is given, and what it computes
@@ -41,14 +39,13 @@ class Calibration:
 
     def run(self, model: nn.Module, batch: Any, listeners: Mapping[nn.Module, Listener]) -> None:
         """Call a model, without gradients; each listener hears every call of its module."""
-        device = _device(model)
-        moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+        inputs = moved(batch, device_of(model))
         with ExitStack() as handles:
             for module, listener in listeners.items():
                 handles.enter_context(module.register_forward_hook(_hook(listener), with_kwargs=True))
             try:
                 with torch.no_grad():
-                    self._call(model, moved)
+                    self._call(model, inputs)
             except TorchtrimError:
                 raise
             except Exception as error:
@@ -65,15 +62,11 @@ def as_found(*models: nn.Module) -> Generator[None]:
     attention = [module for model in models for module in model.modules() if type(module) is nn.MultiheadAttention]
     with ExitStack() as stack:
         for model in models:
-            stack.enter_context(left_as_found(model, _device(model)))
+            stack.enter_context(left_as_found(model, device_of(model)))
         for module in attention:
             stack.callback(setattr, module, "__class__", nn.MultiheadAttention)
             module.__class__ = MultiheadAttention
         yield
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
 
 
 def _hook(listener: Listener) -> Any:

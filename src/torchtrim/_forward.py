@@ -5,7 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchtrim._copies import named_tensors
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -14,6 +17,15 @@ def usual_call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 @contextmanager

@@ -5,17 +5,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from torchtrim import _shards
 from torchtrim._checkpoint import Checkpoint, Reached, digest_of
 from torchtrim._classes import Labels, in_order, labels_of
-from torchtrim._copies import named_tensors
 from torchtrim._counting import native_room
-from torchtrim._forward import Forward, left_as_found, usual_call
+from torchtrim._forward import Forward, device_of, left_as_found, moved, usual_call
 from torchtrim._neurons import NeuronGraph
 from torchtrim._parts import Part, added_up, since
 from torchtrim._profile import Profile
@@ -74,7 +71,7 @@ class Pass:
         self._model, self._forward, self._watch, self._shared = model, forward, watch, shared
         self._classes = classes
         self._file = file.of_process(*_shards.place()) if file and shared else file
-        self._device = next((tensor.device for tensor in named_tensors(model).values()), torch.device("cpu"))
+        self._device = device_of(model)
         self._reached: Reached | None = None  # what the file holds
         self._mark = 0, ""  # number and digest of a batch, by which the data are known again
         self._blank: Profile | None = None
@@ -137,10 +134,10 @@ class Pass:
 
     def _count(self, batch: Any, watch: Watch) -> None:
         call, number = self._forward or usual_call, watch.batches + 1
-        moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self._device, non_blocking=True), batch)
+        inputs = moved(batch, self._device)
         try:
             labels = labels_of(batch, self._classes) if self._classes else None
-            watch.run(lambda: call(self._model, moved), labels)
+            watch.run(lambda: call(self._model, inputs), labels)
         except NotFiniteError:
             raise
         except ProfileError as error:

@@ -16,7 +16,7 @@ from torchtrim._loop import Progressive, Round
 from torchtrim._plan import LayerPlan
 from torchtrim._profile import Profile
 from torchtrim._select import Rule, select
-from torchtrim._summary import SILENT
+from torchtrim._summary import SILENT, Row
 from torchtrim.criteria import Criterion, LayerProfile
 from torchtrim.errors import PlanError
 
@@ -146,8 +146,8 @@ def profile_table(measured: Profile, rule: Rule, criterion: Criterion | str = cr
         header_style="bold",
         show_footer=True,
     )
-    silent = sum(_above(layer) for layer in measured.values())
-    dead = sum(_always_zero(layer) for layer in measured.values())
+    rows = {row.layer: row for row in measured.summary()}
+    silent, dead = sum(row.above for row in rows.values()), sum(row.dead for row in rows.values())
     removed = sum(len(plan.removed) for plan in plans.values())
     neurons = sum(measured.widths.values())
     shown.add_column("layer", footer="total", no_wrap=True)
@@ -163,7 +163,7 @@ def profile_table(measured: Profile, rule: Rule, criterion: Criterion | str = cr
     if locked:
         shown.add_column("cannot be trimmed: why", style="dim", overflow="fold")
     for name, layer in measured.items():
-        cells = _profile_cells(layer, plans.get(name))
+        cells = _profile_cells(layer, rows.get(name), plans.get(name))
         shown.add_row(Text(name), *cells, *([Text(layer.locked or "")] if locked else []))
     return shown
 
@@ -204,10 +204,10 @@ def advice(measured: Profile, rule: Rule, criterion: Criterion | str = criteria.
         ]
     sentences = [f"Trim first, as their mean APoZ is highest: {', '.join(first)}."]
     for name in first:
-        plan = plans.get(name, LayerPlan(measured[name].width))
+        plan, mean = plans.get(name, LayerPlan(measured[name].width)), 100 * Row.of(measured[name]).apoz
         sentences.append(
-            f"  {name}: mean APoZ {_mean(measured[name])} %; the rule {rule} removes {len(plan.removed):,} of "
-            f"{plan.width:,} neurons a round."
+            f"  {name}: mean APoZ {mean:.2f} %; the rule {rule} removes {len(plan.removed):,} of {plan.width:,} "
+            "neurons a round."
         )
     neighbours = [name for name in order.choose(measured, first) if name not in first]
     if neighbours:
@@ -233,30 +233,12 @@ def _plans(measured: Profile, rule: Rule, criterion: Criterion | str) -> tuple[M
         return {}, " " + str(error).partition(":")[0].capitalize() + "."
 
 
-def _profile_cells(layer: LayerProfile, plan: LayerPlan | None) -> tuple[str, ...]:
-    seen = bool(layer.positions.any())
+def _profile_cells(layer: LayerProfile, row: Row | None, plan: LayerPlan | None) -> tuple[str, ...]:
+    mean = row and f"{100 * row.apoz:.2f} ± {50 * (row.high - row.low):.2f}"
     return (
         f"{layer.width:,}",
-        _mean(layer) + _uncertainty(layer),
-        f"{_above(layer):,}" if seen else "–",
-        f"{_always_zero(layer):,}" if seen else "–",
+        mean or "–",
+        f"{row.above:,}" if row else "–",
+        f"{row.dead:,}" if row else "–",
         f"{len(plan.removed):,}" if plan else "–",
     )
-
-
-def _mean(layer: LayerProfile) -> str:
-    return f"{100 * np.nanmean(layer.apoz):.2f}" if layer.positions.any() else "–"
-
-
-def _uncertainty(layer: LayerProfile) -> str:
-    """Half of the mean of the neurons' intervals, which holds the mean whatever moves them together."""
-    low, high = layer.interval()
-    return f" ± {50 * np.nanmean(high - low):.2f}" if layer.positions.any() else ""
-
-
-def _above(layer: LayerProfile) -> int:
-    return int((layer.apoz > SILENT).sum())
-
-
-def _always_zero(layer: LayerProfile) -> int:
-    return int(((layer.positions > 0) & (layer.zeros == layer.positions)).sum())
