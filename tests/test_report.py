@@ -14,7 +14,7 @@ from torch import nn
 
 from torchtrim import Fraction, LayerPlan, MeanPlusStd, Plan, Profile, Round, Threshold, TorchtrimWarning
 from torchtrim._cost import Cost
-from torchtrim._loop import Accuracy
+from torchtrim._guard import Accuracy
 from torchtrim._picture import _accuracy, _limits, _shares, picture
 from torchtrim._report import Ancestor, RoundTable, advice, profile_table
 from torchtrim.criteria import LayerProfile
@@ -68,6 +68,7 @@ def rounds(count: int = 2, tested: bool = True) -> list[Round]:
                 Accuracy(99.2, 98.5, 99.1),
                 Accuracy(99.31, 90.123, 99.256) if tested else None,
                 {"retrain": 4.0, "profile": 1.04},
+                99.2,
             )
         )
         layers["conv2"] = layer("conv2", [40, 50, 60])
