@@ -243,7 +243,7 @@ def test_an_accuracy_that_is_no_number_is_never_best() -> None:
         (lambda: changed(temperature=0), "temperature must be > 0, found 0"),
         (lambda: changed(patience=0), "patience must be None, or whole and ≥ 1, found 0"),
         (lambda: changed(patience=1.5), "patience must be None, or whole and ≥ 1, found 1.5"),
-        (lambda: changed(patience=4), "patience must be below the 4 epochs, found 4; train for longer"),
+        (lambda: changed(patience=4), "patience must be below epochs, 4, found 4; train for longer"),
         (lambda: train(network(), points(), changed(distill=0.5)), "expected a teacher to distill from, found none"),
         (lambda: train(network(), points(), changed(keep_best=True)), "expected calibration data .* found none"),
         (

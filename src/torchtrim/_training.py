@@ -92,7 +92,7 @@ class Training:
             if not fits(getattr(self, name))
         ]
         if not faults and self.patience is not None and self.patience >= self.epochs:
-            faults.append(f"patience must be below the {self.epochs:g} epochs, found {self.patience}; train for longer")
+            faults.append(f"patience must be below epochs, {self.epochs:g}, found {self.patience}; train for longer")
         if faults:
             raise TorchtrimError("Training: " + "; ".join(faults))
 
