@@ -98,7 +98,7 @@ def test_a_round_that_is_rolled_back_is_told_in_table_page_and_figures(
 ) -> None:
     Script(monkeypatch, 88.5, 89.25, 70.0, 71.0)
     lines = said(settings)
-    assert "rolls back rounds that lose more than 1 percentage points of accuracy" in lines
+    assert "rolls back rounds that lose more than 1 percentage point of accuracy" in lines
     table = [row[:2] for row in rows(lines)]
     assert [number for number, _ in table] == ["0", "1", "1", "2", "2"]
     assert [kind for _, kind in table].count("rolled") == 3
@@ -110,7 +110,8 @@ def test_a_round_that_is_rolled_back_is_told_in_table_page_and_figures(
     assert "round-01" in lines[-1]
     page = (settings.out / "report.md").read_text()
     assert f"   - {told.strip().partition('  ')[2]}\n2. {end}\n   - rolled back: " in page
-    assert page.count("rolled back") == 3
+    assert page.count("- rolled back") == 3
+    assert "Rounds that lost more than 1 percentage point of accuracy were rolled back." in page
     metrics = json.loads((settings.out / "metrics.json").read_text())
     assert [one["accuracy"]["retrained"] for one in metrics["rounds"][0]["rejected"]] == [88.5]
     assert [one["accuracy"]["retrained"] for one in metrics["closed"]] == [70.0, 71.0]
@@ -120,7 +121,7 @@ def test_a_round_that_is_rolled_back_is_told_in_table_page_and_figures(
     assert rows(again) == rows(lines)
     assert script.trained == []
     assert "The run was complete; nothing was left to do." in again
-    assert (settings.out / "report.md").read_text().count("rolled back") == 3
+    assert (settings.out / "report.md").read_text().count("- rolled back") == 3
     with pytest.raises(StoreError, match="guard: asked nothing, found"):
         said(replace(settings, guard=None), resume=True)
 

@@ -197,7 +197,9 @@ def test_the_accuracy_is_that_of_the_model_as_it_is_used(monkeypatch: pytest.Mon
     """In its own precision and in evaluation mode, though it is trained in another."""
     model, usual, found = network(), _training.evaluate, []
     seen: list[tuple[bool, bool]] = []
-    model.register_forward_pre_hook(lambda module, _: seen.append((module.training, torch.is_autocast_enabled("cpu"))))
+    model[0].register_forward_pre_hook(
+        lambda module, _: seen.append((module.training, torch.is_autocast_enabled("cpu")))
+    )
 
     def noted(*arguments: Any, **named: Any) -> float:
         found.append(usual(*arguments, **named))

@@ -151,7 +151,7 @@ Patience = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="End retraining after N epochs without a better accuracy, and go back to the best.",
+        help="End retraining after N epochs no better than any before, the start included; go back to the best.",
         rich_help_panel=TRAIN,
     ),
 ]

@@ -65,6 +65,7 @@ class Training:
 
     Accuracy on the calibration data is looked at before training, after every whole epoch, and at the end. The best
     are the weights and the statistics of batch norms, of equal accuracies the last; they may be those of the beginning.
+    The first epoch of "onecycle", whose rate rises, can be worse than that: little patience then ends with it.
     """
 
     epochs: float = 4

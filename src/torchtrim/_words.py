@@ -66,9 +66,7 @@ def heading(settings: Settings, opened: Opened) -> str:
         named = ", ".join(layers or ["every layer that can be trimmed"])
     repaired = f", repairs by {' and '.join(settings.repair)}" if settings.repair else ""
     guard = settings.guard
-    guarded = (
-        f"rolls back rounds that lose more than {guard.max_drop:g} percentage points of accuracy\n" if guard else ""
-    )
+    guarded = f"rolls back rounds that lose more than {_points(guard.max_drop)} of accuracy\n" if guard else ""
     return (
         f"{settings.source.model} on {settings.source.data}: {sizes[0]:,} examples to train, {sizes[1]:,} to decide "
         f"on, {sizes[2]:,} to test\n"
@@ -87,7 +85,10 @@ def write_report(
     """`report.md`, and `report.png` where it can be drawn. closed: the attempts of the round that never held."""
     title = f"{settings.source.model} on {settings.source.data}"
     drawn = picture(rounds, accuracy, rule=settings.rule, criterion=settings.criterion, title=title)
-    parts = [f"# {title}", f"Trimmed by {settings.criterion}, {settings.rule}.", table.markdown(rounds)]
+    how = f"Trimmed by {settings.criterion}, {settings.rule}."
+    if settings.guard:
+        how += f" Rounds that lost more than {_points(settings.guard.max_drop)} of accuracy were rolled back."
+    parts = [f"# {title}", how, table.markdown(rounds)]
     steps = [(f"{done.number}. {_changes(done.plan)}", done.rejected) for done in rounds]
     if closed:
         steps.append((f"{closed[0].number}. {_ended(closed)}", tuple(closed)))
@@ -96,6 +97,10 @@ def write_report(
         write_whole(settings.out / _PICTURE, drawn)
         parts.append(f"![APoZ by layer and round; accuracy against compression]({_PICTURE})")
     write_whole(settings.out / _PAGE, "\n\n".join(parts) + "\n")
+
+
+def _points(drop: float) -> str:
+    return f"{drop:g} percentage point{'s' * (drop != 1)}"
 
 
 def _rejected(attempt: Attempt) -> str:
@@ -134,11 +139,10 @@ def closing(settings: Settings, rounds: Sequence[Round], closed: Sequence[Attemp
     chosen = best(rounds, stop)
     if rounds and chosen is not rounds[-1]:
         last = rounds[-1]
-        if stop.accuracy is not None and last.accuracy.retrained < stop.accuracy:
-            limit = f"the smallest accuracy, {stop.accuracy} %"
-        else:
-            limit = f"the ancestor's accuracy on the calibration data, {last.ancestor_accuracy:.2f} %"
-            limit = f"{stop.max_drop:g} percentage points less than {limit}"
+        limit = f"the smallest accuracy, {stop.accuracy} %"
+        if stop.max_drop is not None and (stop.accuracy is None or last.accuracy.retrained >= stop.accuracy):
+            own = f"the ancestor's accuracy on the calibration data, {last.ancestor_accuracy:.2f} %"
+            limit = f"{_points(stop.max_drop)} less than {own}"
         lines.append(f"Round {last.number} fell below {limit}.")
     out = short(settings.out)
     lines += [
