@@ -198,7 +198,7 @@ def test_demo_replaces_only_an_earlier_demo(monkeypatch: pytest.MonkeyPatch, tmp
         ("--smallest-accuracy 300", "smallest accuracy: expected per cent, from 0 to 100, found 300"),
         ("--smallest-accuracy nan", "smallest accuracy: expected per cent, from 0 to 100, found nan"),
         ("--layers ,", "layers: expected names, found ','"),
-        ("--progressive 2 --step 0", "expected a step of at least 1, and whole, found 0"),
+        ("--progressive 2 --step 0", "expected a whole step of at least 1, found 0"),
         ("--step 2", "expected --step with --progressive"),
         ("--guard 120", "guard: expected per cent, from 0 to 100, found 120"),
         ("--guard nan", "guard: expected per cent, from 0 to 100, found nan"),

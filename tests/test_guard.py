@@ -359,5 +359,5 @@ def test_a_step_says_how_many_neighbours_join() -> None:
         str(2 * place) for place in (0, 1, 2, 3, 4, 5, 6, 7, 8)
     )
     assert torchtrim.Progressive(1).choose(measured, ("8",)) == ("6", "8", "10")
-    with pytest.raises(TorchtrimError, match=r"start of at least 1, and whole, found 1\.5; expected a step"):
+    with pytest.raises(TorchtrimError, match=r"a whole start of at least 1, found 1\.5; expected a whole step"):
         torchtrim.Progressive(1.5, step=0)  # type: ignore[arg-type]

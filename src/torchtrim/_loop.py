@@ -134,7 +134,7 @@ class Progressive:
 
     def __post_init__(self) -> None:
         faults = [
-            f"expected a {name} of at least 1, and whole, found {value!r}"
+            f"expected a whole {name} of at least 1, found {value!r}"
             for name, value in (("start", self.start), ("step", self.step))
             if not (type(value) is int and value >= 1)
         ]
