@@ -3,7 +3,11 @@
 import copy
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -267,3 +271,41 @@ def test_a_model_does_not_teach_itself() -> None:
     model = network()
     with pytest.raises(TorchtrimError, match="found the model that is trained"):
         train(model, points(), changed(distill=0.5), teacher=model)
+
+
+# Many processes
+
+SCRIPT = """
+import sys, torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from torchtrim import _training
+from torchtrim._training import Training, train
+torch.set_num_threads(1)
+torch.manual_seed(0)
+dataset = TensorDataset(torch.randn(64, 5), torch.arange(64) % 3)
+model, teacher = (nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)) for _ in range(2))
+looks, usual = [], _training.evaluate
+def evaluate(*arguments, **named):  # each process sees another accuracy, and alone would end at another time
+    looks.append(usual(*arguments, **named))
+    return [50.0, 60.0, 10.0, 80.0, 90.0][len(looks) - 1] if torch.distributed.get_rank() else 40.0
+_training.evaluate = evaluate
+training = Training(epochs=4, batch_size=8, mixed_precision="no", distill=0.5, patience=1)
+train(model, dataset, training, teacher=teacher, calibration=dataset)
+rank = torch.distributed.get_rank()
+torch.save((dict(model.named_parameters()), len(looks)), f"{sys.argv[1]}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_train_together_end_together(tmp_path: Path) -> None:
+    """The mean of what they see is 45, 50, 25: all end after two epochs, and go back to the first."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, str(script), str(tmp_path)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+    (first, looks), (second, others) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    assert looks == others == 3
+    assert all(torch.equal(parameter, second[name]) for name, parameter in first.items())
