@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torchtrim import criteria, errors, operators, testing
     from torchtrim._cost import measure
     from torchtrim._graph import trace
+    from torchtrim._guard import Guard
     from torchtrim._loop import Progressive, Round, Stop, iterate
     from torchtrim._measure import profile
     from torchtrim._plan import LayerPlan, Plan
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Fraction",
+    "Guard",
     "LayerPlan",
     "MeanPlusStd",
     "Plan",
@@ -59,6 +61,7 @@ __all__ = [
 _ROOMS = {
     "_cost": "measure",
     "_graph": "trace",
+    "_guard": "Guard",
     "_loop": "Progressive Round Stop iterate",
     "_plan": "LayerPlan Plan",
     "_measure": "profile",

@@ -123,7 +123,8 @@ def _ridge(axes: Any, done: Round, name: str, base: float, scale: float, limit: 
     axes.stairs(base + scale * both, _BINS, baseline=base + scale * kept, fill=True, color=_REMOVED, linewidth=0)
     axes.stairs(base + scale * kept, _BINS, baseline=bottom, fill=True, color=_KEPT, linewidth=0)
     axes.axhline(base, color=FAINT, linewidth=0.6)
-    above = limit(layer) if name in done.plan.removed else None
+    whole = name in done.plan.removed and not done.rejected  # else less went than the rule says
+    above = limit(layer) if whole else None
     if above is not None and above <= 100:
         axes.plot([above, above], [base, base + 0.78], color=INK, linewidth=1, linestyle=(0, (3, 2)))
     plan = done.plan.layers.get(name)
