@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torchtrim import criteria, errors, operators, testing
+    from torchtrim._budget import Budget
     from torchtrim._cost import measure
     from torchtrim._graph import trace
     from torchtrim._loop import Progressive, Round, Stop, iterate
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torchtrim.operators import register_operator
 
 __all__ = [
+    "Budget",
     "Fraction",
     "LayerPlan",
     "MeanPlusStd",
@@ -57,6 +59,7 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "_budget": "Budget",
     "_cost": "measure",
     "_graph": "trace",
     "_loop": "Progressive Round Stop iterate",

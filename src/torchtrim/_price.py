@@ -30,7 +30,7 @@ class Prices:
 
     def __init__(self, model: nn.Module, graph: NeuronGraph, *, flops: bool = True) -> None:
         self._tensors = [
-            (_Shape.of_axes(tensor, graph.axes[name]), tensor.element_size(), isinstance(tensor, nn.Parameter))
+            (Shape.of_axes(tensor, graph.axes[name]), tensor.element_size(), isinstance(tensor, nn.Parameter))
             for name, tensor in named_tensors(model).items()
         ]
         self._products = _products(model, graph) if flops else []
@@ -45,18 +45,18 @@ class Prices:
         return sum(product.flops(kept) for product in self._products)
 
 
-class _Shape:
+class Shape:
     """A tensor's shape and, for axes along which neurons lie, their roots: [positions, any number at a position]."""
 
     def __init__(self, shape: Sequence[int], labelled: Sequence[tuple[int, Atoms]]) -> None:
-        self._shape, self._labelled = tuple(shape), labelled
+        self.whole, self._labelled = tuple(shape), labelled
 
     @classmethod
-    def of_axes(cls, tensor: Tensor, axes: Sequence[Atoms]) -> "_Shape":
+    def of_axes(cls, tensor: Tensor, axes: Sequence[Atoms]) -> "Shape":
         return cls(tensor.shape, [(axis, roots[:, None]) for axis, roots in enumerate(axes) if roots.size > 1])
 
     @classmethod
-    def of_labels(cls, tensor: Tensor, root: Atoms) -> "_Shape":
+    def of_labels(cls, tensor: Tensor, root: Atoms) -> "Shape":
         labelled: list[tuple[int, Atoms]] = []
         for factor in labels_of(tensor).factors:
             roots = root[factor.atoms]
@@ -65,7 +65,7 @@ class _Shape:
 
     def left(self, kept: Kept) -> list[int]:
         """The shape of what is kept."""
-        shape, masks = list(self._shape), dict[int, Any]()
+        shape, masks = list(self.whole), dict[int, Any]()
         for axis, roots in self._labelled:
             masks[axis] = kept[roots].any(1) & masks.get(axis, True)
             shape[axis] = int(masks[axis].sum())
@@ -77,11 +77,11 @@ class _Product:
 
     def __init__(self, function: Any, args: Any, kwargs: Any, result: Any, root: Atoms) -> None:
         self._formula = flop_registry[function]
-        self._given = pytree.tree_map_only(Tensor, lambda one: _Shape.of_labels(one, root), (args, kwargs))
+        self._given = pytree.tree_map_only(Tensor, lambda one: Shape.of_labels(one, root), (args, kwargs))
         self._result = pytree.tree_map_only(Tensor, lambda one: one.shape, result)  # formulas read positions of it
 
     def flops(self, kept: Kept) -> int:
-        args, kwargs = pytree.tree_map_only(_Shape, lambda one: one.left(kept), self._given)
+        args, kwargs = pytree.tree_map_only(Shape, lambda one: one.left(kept), self._given)
         return int(self._formula(*args, **kwargs, out_val=self._result))
 
 
