@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torchtrim._repair import repair
     from torchtrim._run_directory import run
     from torchtrim._select import Fraction, MeanPlusStd, Threshold, select
+    from torchtrim._sensitivity import Sensitivity, sensitivity
     from torchtrim._stable import Stable
     from torchtrim._store import load, save
     from torchtrim._surgery import mask, trim
@@ -34,6 +35,7 @@ __all__ = [
     "Profile",
     "Progressive",
     "Round",
+    "Sensitivity",
     "Stable",
     "Stop",
     "Threshold",
@@ -53,6 +55,7 @@ __all__ = [
     "run",
     "save",
     "select",
+    "sensitivity",
     "testing",
     "trace",
     "trim",
@@ -70,6 +73,7 @@ _ROOMS = {
     "_repair": "repair",
     "_run_directory": "run",
     "_select": "Fraction MeanPlusStd Threshold select",
+    "_sensitivity": "Sensitivity sensitivity",
     "_stable": "Stable",
     "_store": "load save",
     "_surgery": "mask trim",

@@ -220,20 +220,6 @@ class _Choice:
             for values, places in self._scored.values()
         ]
         groups = list(self._scored.values())
-        import os
-
-        if os.environ.get("PER_COST"):
-            power = float(os.environ["PER_COST"])
-            roots = [_roots_of_units(self._graph, profile, places, values.size) for values, places in groups]
-            scored = []
-            for (values, places), units in zip(groups, roots, strict=True):
-                kept = self._all_kept
-                for unit in units:
-                    kept[unit] = False
-                saved = sum((self._cost(n, self._all_kept) - self._cost(n, kept)) / t for n, t in self._targets.items())
-                scored.append((values / max(saved / values.size, 1e-12) ** power, places))
-            groups = scored
-            queues = [Queue.of(v, p, widths, least, most, budget.multiple_of) for v, p in groups]
         roots = [_roots_of_units(self._graph, profile, places, values.size) for values, places in groups]
 
         def kept_after(counts: Integers) -> Kept:
@@ -406,4 +392,4 @@ def _amount_text(name: str, amount: float) -> str:
 
 
 def _text(name: str, value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.3%}" if value < 1 else _amount_text(name, value)
+    return value if isinstance(value, str) else f"{100 * value:g} %" if value < 1 else _amount_text(name, value)
