@@ -77,11 +77,13 @@ class _Product:
 
     def __init__(self, function: Any, args: Any, kwargs: Any, result: Any, root: Atoms) -> None:
         self._formula = flop_registry[function]
-        self._given = pytree.tree_map_only(Tensor, lambda one: Shape.of_labels(one, root), (args, kwargs))
+        given, self._form = pytree.tree_flatten((args, kwargs))
+        self._given = [Shape.of_labels(one, root) if isinstance(one, Tensor) else one for one in given]
         self._result = pytree.tree_map_only(Tensor, lambda one: one.shape, result)  # formulas read positions of it
 
     def flops(self, kept: Kept) -> int:
-        args, kwargs = pytree.tree_map_only(Shape, lambda one: one.left(kept), self._given)
+        given = [one.left(kept) if isinstance(one, Shape) else one for one in self._given]
+        args, kwargs = pytree.tree_unflatten(given, self._form)
         return int(self._formula(*args, **kwargs, out_val=self._result))
 
 
