@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torchtrim import criteria, errors, operators, testing
+    from torchtrim._budget import Budget
     from torchtrim._cost import measure
     from torchtrim._graph import trace
     from torchtrim._guard import Guard
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torchtrim._repair import repair
     from torchtrim._run_directory import run
     from torchtrim._select import Fraction, MeanPlusStd, Threshold, select
+    from torchtrim._sensitivity import Sensitivity, sensitivity
     from torchtrim._stable import Stable
     from torchtrim._store import load, save
     from torchtrim._surgery import mask, trim
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torchtrim.operators import register_operator
 
 __all__ = [
+    "Budget",
     "Fraction",
     "Guard",
     "LayerPlan",
@@ -34,6 +37,7 @@ __all__ = [
     "Profile",
     "Progressive",
     "Round",
+    "Sensitivity",
     "Stable",
     "Stop",
     "Threshold",
@@ -53,12 +57,14 @@ __all__ = [
     "run",
     "save",
     "select",
+    "sensitivity",
     "testing",
     "trace",
     "trim",
 ]
 
 _ROOMS = {
+    "_budget": "Budget",
     "_cost": "measure",
     "_graph": "trace",
     "_guard": "Guard",
@@ -70,6 +76,7 @@ _ROOMS = {
     "_repair": "repair",
     "_run_directory": "run",
     "_select": "Fraction MeanPlusStd Threshold select",
+    "_sensitivity": "Sensitivity sensitivity",
     "_stable": "Stable",
     "_store": "load save",
     "_surgery": "mask trim",
