@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from small_data import write_idx, write_model
 from torchtrim import Profile, _job, _settings
 from torchtrim._guard import Guard
-from torchtrim._loop import Progressive, Stop
+from torchtrim._rounds import Progressive, Stop
 from torchtrim.cli import app
 from torchtrim.errors import TorchtrimError
 

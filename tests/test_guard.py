@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import torchtrim
 from torchtrim import Fraction, Guard, Round, Stop, TorchtrimError, TorchtrimWarning, _loop, iterate
-from torchtrim._guard import Attempt, fell, smaller_plans
+from torchtrim._guard import Attempt, fell, part_of, smaller_plans
 from torchtrim.errors import StoreError
 
 INPUTS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
@@ -297,10 +297,10 @@ def test_a_rule_that_chooses_all_is_halved_to_something_smaller() -> None:
     model = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 3))
     measured = torchtrim.profile(model, [INPUTS])
 
-    def choose(rule: Any) -> torchtrim.Plan:
-        return torchtrim.select(measured, rule=rule, layers=["0"])
+    def choose(part: int) -> torchtrim.Plan:
+        return torchtrim.select(measured, rule=part_of(torchtrim.Threshold(-1), part), layers=["0"])
 
-    plans = list(smaller_plans(choose, torchtrim.Threshold(-1), 5))
+    plans = list(smaller_plans(choose, 5))
     assert [len(plan.removed["0"]) for plan in plans] == [1]
 
 

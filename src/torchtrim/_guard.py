@@ -76,12 +76,12 @@ def fell(accuracy: float, ancestor: float, max_drop: float) -> bool:
     return not accuracy >= ancestor - max_drop - rounding
 
 
-def smaller_plans(choose: Callable[[Rule], Plan], rule: Rule, retries: int) -> Iterator[Plan]:
-    """The plan by the rule; then half of its neurons, and half of those, as often as retries, while any are left.
+def smaller_plans(choose: Callable[[int], Plan], retries: int) -> Iterator[Plan]:
+    """The whole plan; then half of its neurons, and half of those, as often as retries, while any are left.
 
-    choose: the plan by a rule, everything else being settled.
+    choose: a part of the plan, by the number by which it is divided.
     """
-    plan, halvings = choose(rule), 0
+    plan, halvings = choose(1), 0
     for _ in range(retries + 1):
         size = _size(plan)
         if not size:
@@ -89,7 +89,7 @@ def smaller_plans(choose: Callable[[Rule], Plan], rule: Rule, retries: int) -> I
         yield plan
         while _size(plan) == size:  # where `select` kept one against the rule, the first half can be the whole
             halvings += 1
-            plan = choose(_Part(rule, 2**halvings))
+            plan = choose(2**halvings)
 
 
 def none_holds(attempts: Sequence[Attempt]) -> str:
@@ -104,6 +104,11 @@ def none_holds(attempts: Sequence[Attempt]) -> str:
 
 def _size(plan: Plan) -> int:
     return sum(map(len, plan.removed.values()))
+
+
+def part_of(rule: Rule, divisor: int) -> Rule:
+    """The rule that takes a part of what another one does."""
+    return rule if divisor == 1 else _Part(rule, divisor)
 
 
 @dataclass(frozen=True)

@@ -1,133 +1,44 @@
-"""The jobs behind the command line: measure a model, or trim it round by round into a run directory.
+"""The job of `torchtrim run`: trim a model round by round into a run directory.
 
 What is sure to fail fails first: names, data, how they fit, the layers, and the directory are looked at before
 anything is trained.
 """
 
-import os
 import shutil
 import sys
 import textwrap
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from torchtrim import criteria
 from torchtrim._cost import measure
 from torchtrim._data import batches
 from torchtrim._graph import trace
 from torchtrim._guard import Attempt
-from torchtrim._loop import Progressive, Round, iterate
-from torchtrim._measure import profile
-from torchtrim._profile import Profile
-from torchtrim._reconstruction import reconstruction
-from torchtrim._report import Ancestor, RoundTable, advice, classes_table, profile_table
+from torchtrim._loop import iterate
+from torchtrim._measuring import Watched
+from torchtrim._report import Ancestor, RoundTable
+from torchtrim._rounds import Progressive, Round
 from torchtrim._run_directory import RunDirectory
-from torchtrim._select import Rule, check_layers
+from torchtrim._select import check_layers
 from torchtrim._settings import Settings
-from torchtrim._source import Opened, Source, open_source
-from torchtrim._training import Training, evaluate, shown, train
+from torchtrim._source import Opened, open_source
+from torchtrim._training import evaluate, train
 from torchtrim._unmeasured import unmeasured
-from torchtrim._words import REPORTS, closing, heading, next_run, place_of, rolled_back, short, write_report
-from torchtrim.errors import ModelError, StoreError, TorchtrimWarning
+from torchtrim._words import REPORTS, closing, heading, place_of, rolled_back, write_report
+from torchtrim.errors import ModelError
 
 LATENCY_BATCH = 32  # inputs of the batch whose latency is measured
 
 Say = Callable[[str], None]
-
-
-def silence(
-    source: Source,
-    rule: Rule,
-    criterion: str,
-    reading: Training,
-    progress: Progress,
-    out: Path | None,
-    *,
-    through_norms: bool = False,
-    resume: bool = False,
-    plot: Path | None = None,
-    per_class: bool = False,
-) -> Iterator[Any]:
-    """Measure a model over the calibration data, and keep the profile in the file `out`; yields what to print.
-
-    `reading` says how the data are read. With `resume`, an interrupted pass goes on from what the file holds. `plot`:
-    where pictures go.
-    Raises TorchtrimError, before any work if what is asked cannot be done; KeyboardInterrupt at the end where one came.
-    """
-    criteria.resolve(criterion)
-    if resume and out is None:
-        raise StoreError("expected --resume with --out FILE, the file of the pass that goes on; found it alone")
-    if out is not None:
-        _check_profile_file(out)
-    if plot is not None:
-        _check_place(plot, "--plot")
-    opened = open_source(source, through_norms=through_norms)
-    check_layers(unmeasured(opened.model, opened.graph), None)
-    if source.untrained:
-        warnings.warn(
-            f"{source.model} comes untrained, so that its silence says little; name its weights (--weights)",
-            TorchtrimWarning,
-            stacklevel=2,
-        )
-    loader = batches(opened.data.calibration, reading.batch_size, workers=reading.workers)
-    if out is not None and not resume:
-        out.unlink(missing_ok=True)
-    measured = profile(
-        opened.model, loader, through_norms=through_norms, checkpoint=out, progress=progress, classes=per_class
-    )
-    function = criteria.resolve(criterion)
-    if function is criteria.reconstruction:
-        if measured.partial:
-            yield str(measured)
-            raise KeyboardInterrupt  # the criterion wants all data once more
-        function = reconstruction(opened.model, opened.graph, _Watched(loader, progress, "measuring"))
-    yield profile_table(measured, rule, function)
-    if per_class:
-        yield classes_table(measured)
-    yield "\n".join(advice(measured, rule, function))
-    if out is not None:
-        yield f"The profile is in {short(out)}."
-    if plot is not None:
-        yield f"Drawn: {', '.join(short(place) for place in _plotted(measured, plot))}."
-    if measured.partial:
-        raise KeyboardInterrupt
-    yield f"Next: {next_run(source, measured, rule, criterion)}"
-
-
-def _plotted(measured: Profile, plot: Path) -> Iterator[Path]:
-    """Draw what was measured, by class too where it was: of the layer to begin with."""
-    measured.plot(plot)
-    yield plot
-    first = [name for name in Progressive(1).choose(measured, ()) if measured.classes]
-    for name in first:
-        place = plot.with_name(f"{plot.stem}-by-class{plot.suffix}")
-        measured.plot(place, layer=name)
-        yield place
-
-
-def _check_profile_file(out: Path) -> None:
-    _check_place(out, "--out")
-    if out.exists():
-        Profile.load(out)  # anything else is not ours to replace
-
-
-def _check_place(path: Path, option: str) -> None:
-    if path.is_dir():
-        raise StoreError(f"{path}: expected a file to write into, found a directory; add a name to {option}")
-    if not path.exists() and (not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise StoreError(
-            f"{path}: expected a place in a directory that exists and can be written; choose another {option}"
-        )
 
 
 def run(
@@ -222,7 +133,7 @@ class _Trimming:
         new = iterate(
             self._ancestor,
             self._example,
-            _Watched(loader, self._progress, "measuring"),
+            Watched(loader, self._progress, "measuring"),
             retrain=self._retrain,
             evaluate=lambda model: self._evaluate(model, data.calibration),
             test=lambda model: self._evaluate(model, data.test),
@@ -234,6 +145,7 @@ class _Trimming:
             repair=settings.repair or None,
             guard=settings.guard,
             on_rejected=reject,
+            zero_tolerance=settings.zero_tolerance,
             seed=settings.source.seed,
             done=done,
         )
@@ -276,18 +188,3 @@ class _Trimming:
     def _reading(self) -> dict[str, int]:
         training = self._settings.retraining
         return {"batch_size": training.batch_size, "workers": training.workers}
-
-
-class _Watched(Iterable[Any]):
-    """A loader whose reading is shown; it can be read once a round."""
-
-    def __init__(self, loader: DataLoader[Any], progress: Progress, label: str) -> None:
-        self._loader = loader
-        self._progress = progress
-        self._label = label
-
-    def __iter__(self) -> Iterator[Any]:
-        with shown(self._progress, self._label, len(self._loader)) as show:
-            for batch in self._loader:
-                yield batch
-                show("")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 TRIM, TRAIN, RUN, DATA = "What goes, and when to stop", "Training", "The run", "Model and data"
+BUDGET = "A budget"
 
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="lenet, torchvision:NAME, timm:NAME, or FILE.py:FUNCTION.")
@@ -43,8 +44,21 @@ ThroughNorms = Annotated[
     ),
 ]
 RuleText = Annotated[
-    str,
-    typer.Option("--rule", help="Which neurons go: mean+1std, threshold:0.9, fraction:0.3.", rich_help_panel=TRIM),
+    str | None,
+    typer.Option(
+        "--rule",
+        help="Which neurons go: mean+1std, threshold:0.9, fraction:0.3. Without: mean+1std.",
+        rich_help_panel=TRIM,
+    ),
+]
+ZeroTolerance = Annotated[
+    float,
+    typer.Option(
+        metavar="SHARE",
+        help="After GELU, SiLU or tanh, count as zero what is smaller than this share of the activations' root mean "
+        "square, such as 0.01.",
+        rich_help_panel=TRIM,
+    ),
 ]
 Criterion = Annotated[
     str,
@@ -100,6 +114,48 @@ Repair = Annotated[
         help="Repair what is left from the calibration data before retraining: mean, least-squares, batchnorm; "
         "several with commas.",
         rich_help_panel=TRIM,
+    ),
+]
+Parameters = Annotated[
+    float | None,
+    typer.Option(
+        metavar="AMOUNT",
+        help="Instead of --rule: choose over all layers at once, to leave this share or number of parameters.",
+        rich_help_panel=BUDGET,
+    ),
+]
+Flops = Annotated[
+    float | None, typer.Option(metavar="AMOUNT", help="The same, of FLOPs: 0.5, or 2e9.", rich_help_panel=BUDGET)
+]
+Bytes = Annotated[
+    float | None, typer.Option("--bytes", metavar="AMOUNT", help="The same, of bytes.", rich_help_panel=BUDGET)
+]
+Latency = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AMOUNT",
+        help='The same, of the latency, which is measured here: 0.5, or "12 ms".',
+        rich_help_panel=BUDGET,
+    ),
+]
+Floor = Annotated[
+    float | None,
+    typer.Option(
+        metavar="AMOUNT",
+        help="How many of a layer's neurons must stay, a share or a number. Without: 0.05.",
+        rich_help_panel=BUDGET,
+    ),
+]
+MultipleOf = Annotated[
+    int | None, typer.Option(metavar="N", help="Leave multiples of so many neurons.", rich_help_panel=BUDGET)
+]
+SensitivityFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--sensitivity",
+        metavar="FILE",
+        help="Spare the layers that `torchtrim sensitivity` found to be sensitive.",
+        rich_help_panel=BUDGET,
     ),
 ]
 Rounds = Annotated[int | None, typer.Option(help="Stop after so many. Without any limit: 4.", rich_help_panel=TRIM)]

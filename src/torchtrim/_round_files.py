@@ -14,9 +14,9 @@ from torch import nn
 from torchtrim._cost import Cost
 from torchtrim._files import write_whole
 from torchtrim._guard import Accuracy, Attempt
-from torchtrim._loop import Round
 from torchtrim._plan import Plan
 from torchtrim._profile import Profile
+from torchtrim._rounds import Round
 from torchtrim._store import read_model, write_model
 from torchtrim.errors import PlanError, StoreError
 

@@ -23,10 +23,11 @@ import torch
 from torch import nn
 
 from torchtrim import criteria
+from torchtrim._budget import Budget
 from torchtrim._files import hold, is_partial, write_whole
 from torchtrim._forward import Forward
 from torchtrim._guard import Attempt, Guard, checked_guard, none_holds
-from torchtrim._loop import Evaluate, Progressive, Retrain, Round, Stop, iterate
+from torchtrim._loop import Evaluate, Retrain, iterate
 from torchtrim._repair import Ways, checked_ways
 from torchtrim._round_files import (
     METRICS,
@@ -38,7 +39,8 @@ from torchtrim._round_files import (
     read_round,
     write_round,
 )
-from torchtrim._select import Rule
+from torchtrim._rounds import Progressive, Round, Stop
+from torchtrim._select import Rule, resolve_rule
 from torchtrim._store import library_version, read_facts, read_model, write_model
 from torchtrim.criteria import Criterion
 from torchtrim.errors import PlanError, StoreError, TorchtrimWarning
@@ -55,7 +57,7 @@ def run(
     directory: str | Path,
     retrain: Retrain,
     evaluate: Evaluate,
-    rule: Rule,
+    rule: Rule | Budget | str,
     stop: Stop,
     layers: Sequence[str] | Progressive | None = None,
     criterion: Criterion | str = criteria.apoz,
@@ -64,6 +66,7 @@ def run(
     seed: int = 0,
     repair: Ways | None = None,
     guard: Guard | float | None = None,
+    zero_tolerance: float = 0.0,
     resume: bool = False,
     overwrite: bool = False,
 ) -> list[Round]:
@@ -77,12 +80,14 @@ def run(
     """
     guard = checked_guard(guard)
     settings = {
-        "rule": _name(rule),
+        "rule": _name(rule if isinstance(rule, Budget) else resolve_rule(rule)),
         "layers": _progressive(layers) if isinstance(layers, Progressive) else layers and list(layers),
         "criterion": _name(criteria.resolve(criterion)),
         "seed": seed,
         **({} if repair is None else {"repair": list(checked_ways(repair))}),
         **({} if guard is None else {"guard": asdict(guard)}),
+        **({"steps": stop.rounds} if isinstance(rule, Budget) else {}),
+        **({"zero_tolerance": zero_tolerance} if zero_tolerance else {}),
     }
     with RunDirectory.open(directory, settings, asdict(stop), resume=resume, overwrite=overwrite) as kept:
         ancestor = kept.ancestor(model)
@@ -104,6 +109,7 @@ def run(
             repair=repair,
             guard=guard,
             on_rejected=kept.reject,
+            zero_tolerance=zero_tolerance,
         )
         if ancestor is None:
             kept.keep_ancestor(model, {})

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+from torchtrim._budget import Budget
 from torchtrim._guard import Guard
-from torchtrim._loop import Progressive, Stop
 from torchtrim._repair import Way, checked_ways
-from torchtrim._select import MeanPlusStd, Rule
+from torchtrim._rounds import Progressive, Stop
+from torchtrim._select import MeanPlusStd, Rule, parse_rule
+from torchtrim._sensitivity import Sensitivity
 from torchtrim._source import Source
 from torchtrim._training import Training
 from torchtrim.errors import StoreError, TorchtrimError
@@ -26,18 +28,19 @@ class Settings:
     retraining: Training
     training: Training | None = None
     layers: tuple[str, ...] | Progressive | None = None
-    rule: Rule = field(default_factory=MeanPlusStd)
+    rule: Rule | Budget = field(default_factory=MeanPlusStd)
     criterion: str = "apoz"
     through_norms: bool = False
     repair: tuple[Way, ...] = ()
     guard: Guard | None = None
+    zero_tolerance: float = 0.0
 
     def described(self) -> dict[str, Any]:
         """What decides the result, as JSON can hold it; not where, nor on what device, nor when it stops.
 
         What came later than the first version is left out unless it is asked for, so that older runs can be resumed.
         """
-        layers = self.layers
+        layers, budget = self.layers, self.rule if isinstance(self.rule, Budget) else None
         return {
             **{key: value for key, value in vars(self.source).items() if key != "device"},
             "layers": _progressive(layers) if isinstance(layers, Progressive) else layers and list(layers),
@@ -46,6 +49,8 @@ class Settings:
             **({"through_norms": True} if self.through_norms else {}),
             **({"repair": list(self.repair)} if self.repair else {}),
             **({"guard": asdict(self.guard)} if self.guard else {}),
+            **({"budget": asdict(budget), "steps": self.stop.rounds} if budget else {}),
+            **({"zero_tolerance": self.zero_tolerance} if self.zero_tolerance else {}),
             **_described("training", self.training),
             **_described("retraining", self.retraining),
         }
@@ -108,6 +113,44 @@ def stop_at(
     return Stop(rounds=4 if nothing else rounds, compression=compression, accuracy=accuracy, max_drop=max_drop)
 
 
+def rule_asked(
+    rule: str | None,
+    *,
+    latency: str | None,
+    floor: float | None,
+    multiple_of: int | None,
+    sensitivity: Path | None,
+    **targets: float | None,
+) -> Rule | Budget:
+    """The rule or the budget that is asked for; the paper's rule if neither is.
+
+    Raises TorchtrimError: both, or what belongs to a budget without one.
+    """
+    found: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
+    if latency is not None:
+        found["latency"] = _number_or_text(latency)
+    further = {"--floor": floor, "--multiple-of": multiple_of, "--sensitivity": sensitivity}
+    if not found:
+        alone = [name for name, value in further.items() if value is not None]
+        if alone:
+            raise TorchtrimError(
+                f"expected {alone[0]} with a budget (--parameters, --flops, --bytes or --latency), found it alone"
+            )
+        return parse_rule("mean+1std" if rule is None else rule)
+    if rule is not None:
+        raise TorchtrimError(f"expected either a rule or a budget, found both --rule {rule} and --{next(iter(found))}")
+    weights = None if sensitivity is None else Sensitivity.load(sensitivity).weights()
+    chosen: dict[str, Any] = {"floor": floor, "multiple_of": multiple_of, "weights": weights}
+    return Budget(**found | {name: value for name, value in chosen.items() if value is not None})
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def guard_at(max_drop: float | None, retries: int | None) -> Guard | None:
     """The guard that is asked for. Raises TorchtrimError: one that cannot be, or retries of nothing."""
     _check_percent("guard", max_drop)
@@ -142,6 +185,14 @@ def layers_named(
 def ways_named(text: str | None) -> tuple[Way, ...]:
     """The ways of repair that are asked for, with commas between; none without. Raises TorchtrimError: unknown ones."""
     return () if text is None else checked_ways(cast(Any, [way.strip() for way in text.split(",")]))
+
+
+def fractions_named(text: str) -> tuple[float, ...]:
+    """The fractions that are asked for, with commas between. Raises TorchtrimError."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise TorchtrimError(f"--fractions: expected shares with commas between, found {text!r}") from None
 
 
 def usual_directory(model: str, data: str) -> Path:

@@ -9,11 +9,11 @@ import torch
 
 from torchtrim._files import write_whole
 from torchtrim._guard import Attempt
-from torchtrim._loop import Progressive, Round, Stop
 from torchtrim._picture import picture
 from torchtrim._plan import Plan
 from torchtrim._profile import Profile
 from torchtrim._report import RoundTable, says_nothing
+from torchtrim._rounds import Progressive, Round, Stop
 from torchtrim._select import MeanPlusStd, Rule
 from torchtrim._settings import Settings
 from torchtrim._source import Opened, Source
@@ -27,8 +27,16 @@ def next_run(source: Source, measured: Profile, rule: Rule, criterion: str) -> s
     criterion = "contribution" if says_nothing(measured, criterion) else criterion
     asked += ["--rule", str(rule)] if str(rule) != str(MeanPlusStd()) else []
     asked += ["--criterion", criterion] if criterion != "apoz" else []
+    asked += ["--zero-tolerance", f"{measured.zero_tolerance:g}"] if measured.zero_tolerance else []
     asked += ["--through-norms"] if measured.through_norms else []
     return command("run", source, *asked, "--layers", ",".join(Progressive().choose(measured, ())))
+
+
+def settled(measured: Profile, examples: int) -> str:
+    """How much of the data a pass took that ended by itself. examples: how many there are."""
+    doubtful = sum(map(len, (measured.in_doubt or {}).values()))
+    rest = f", but for {doubtful:,} near its limit" if doubtful else ""
+    return f"After {measured.examples:,} of {examples:,} examples it is settled which neurons the rule removes{rest}."
 
 
 def command(verb: str, source: Source, *more: str) -> str:

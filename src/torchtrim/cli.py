@@ -79,8 +79,16 @@ def run(
     layers: option.Layers = None,
     progressive: option.ProgressiveStart = None,
     step: option.ProgressiveStep = None,
-    rule: option.RuleText = "mean+1std",
+    rule: option.RuleText = None,
+    parameters: option.Parameters = None,
+    flops: option.Flops = None,
+    weight_bytes: option.Bytes = None,
+    latency: option.Latency = None,
+    floor: option.Floor = None,
+    multiple_of: option.MultipleOf = None,
+    sensitivity: option.SensitivityFile = None,
     criterion: option.Criterion = "apoz",
+    zero_tolerance: option.ZeroTolerance = 0.0,
     through_norms: option.ThroughNorms = False,
     repair: option.Repair = None,
     rounds: option.Rounds = None,
@@ -113,7 +121,6 @@ def run(
     """Trim a model round by round: measure, remove the silent neurons, retrain, and again."""
     with _reported(f"{_GOES_ON} after the last whole round"):
         from torchtrim import _job, _settings
-        from torchtrim._select import parse_rule
         from torchtrim._source import Source
 
         optimisation: dict[str, Any] = {
@@ -142,9 +149,19 @@ def run(
             ),
             training=_settings.training_for(data, epochs=train_epochs, **optimisation) if train_epochs else None,
             layers=_settings.layers_named(layers or (), progressive, step),
-            rule=parse_rule(rule),
+            rule=_settings.rule_asked(
+                rule,
+                parameters=parameters,
+                flops=flops,
+                bytes=weight_bytes,
+                latency=latency,
+                floor=floor,
+                multiple_of=multiple_of,
+                sensitivity=sensitivity,
+            ),
             criterion=criterion,
             through_norms=through_norms,
+            zero_tolerance=zero_tolerance,
             repair=_settings.ways_named(repair),
             guard=_settings.guard_at(guard, retries),
         )
@@ -161,9 +178,18 @@ def profile(
     calibration: option.Calibration = None,
     resize: option.Resize = 256,
     crop: option.Crop = 224,
-    rule: option.RuleText = "mean+1std",
+    rule: option.RuleText = None,
     criterion: option.Criterion = "apoz",
+    zero_tolerance: option.ZeroTolerance = 0.0,
     through_norms: option.ThroughNorms = False,
+    until: Annotated[
+        float | None,
+        typer.Option(
+            metavar="CONFIDENCE",
+            help="End as soon as it is settled, with this confidence, which neurons the rule removes, such as 0.99.",
+            rich_help_panel=option.TRIM,
+        ),
+    ] = None,
     batch_size: option.BatchSize = None,
     workers: option.Workers = 0,
     device: option.Device = "auto",
@@ -198,7 +224,7 @@ def profile(
 ) -> None:
     """Measure how often every neuron is silent, and say where to begin trimming."""
     with _reported(_GOES_ON if out else ""):
-        from torchtrim import _job, _settings
+        from torchtrim import _measuring, _settings
         from torchtrim._select import parse_rule
         from torchtrim._source import Source
 
@@ -206,17 +232,80 @@ def profile(
         reading = _settings.training_for(data, batch_size=batch_size, workers=workers, seed=seed)
         say, progress = _display(threads)
         with progress:
-            parts = _job.silence(
+            parts = _measuring.silence(
                 source,
-                parse_rule(rule),
+                parse_rule("mean+1std" if rule is None else rule),
                 criterion,
                 reading,
                 progress,
                 out,
                 through_norms=through_norms,
+                zero_tolerance=zero_tolerance,
+                until=until,
                 resume=resume,
                 plot=plot,
                 per_class=per_class,
+            )
+            for part in parts:
+                say(part)
+
+
+@app.command()
+def sensitivity(
+    model: option.ModelName,
+    data: option.DataName,
+    weights: option.Weights = None,
+    calibration: option.Calibration = None,
+    resize: option.Resize = 256,
+    crop: option.Crop = 224,
+    layers: option.Layers = None,
+    fractions: Annotated[
+        str,
+        typer.Option(metavar="SHARES", help="What each layer loses, with commas.", rich_help_panel=option.TRIM),
+    ] = "0.1,0.3,0.5,0.7,0.9",
+    criterion: option.Criterion = "apoz",
+    through_norms: option.ThroughNorms = False,
+    repair: option.Repair = None,
+    batch_size: option.BatchSize = None,
+    workers: option.Workers = 0,
+    device: option.Device = "auto",
+    threads: option.Threads = None,
+    seed: option.Seed = 0,
+    out: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Write it there, as it is found (.json).", rich_help_panel=option.RUN),
+    ] = Path("sensitivity.json"),
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with what is in the file --out.", rich_help_panel=option.RUN),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw a curve for each layer there.", rich_help_panel=option.RUN),
+    ] = None,
+) -> None:
+    """Trim each layer alone, by several fractions, and say what accuracy is left without retraining."""
+    with _reported(_GOES_ON):
+        from torchtrim import _measuring, _settings
+        from torchtrim._source import Source
+
+        source = Source(model, data, weights, calibration, resize, crop, device, seed)
+        reading = _settings.training_for(data, batch_size=batch_size, workers=workers, seed=seed)
+        single = _settings.layers_named(layers or (), None)
+        say, progress = _display(threads)
+        with progress:
+            parts = _measuring.fall(
+                source,
+                criterion,
+                single if isinstance(single, tuple) else None,
+                _settings.fractions_named(fractions),
+                reading,
+                progress,
+                out,
+                repair=_settings.ways_named(repair),
+                through_norms=through_norms,
+                resume=resume,
+                plot=plot,
             )
             for part in parts:
                 say(part)
