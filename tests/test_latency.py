@@ -10,7 +10,7 @@ from torch import nn
 import torchtrim
 from test_budget import built, noise
 from torchtrim import Budget, _budget, _latency
-from torchtrim._cost import Cost, bytes_of, flops_of, parameters_of
+from torchtrim._cost import Cost, flops_of, parameters_of
 from torchtrim._latency import SHARES, Latencies, LatencyTable, interpolated
 from torchtrim.errors import StoreError
 
@@ -92,13 +92,3 @@ def test_a_table_is_kept_and_refused_elsewhere(tmp_path: Path) -> None:
         path.write_text(damaged)
         with pytest.raises(StoreError, match="expected latencies that a Budget wrote"):
             LatencyTable(CPU, path)
-
-
-def test_a_plan_for_a_latency_is_made_of_real_seconds(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(_budget, "_SECONDS_EACH", 0.01)
-    model, example, graph, profile = built("LeNet")
-    plan = Budget(latency=0.95, floor=0.01).plan(model, graph, profile, latencies=tmp_path / "latencies.json")
-    assert plan.removed
-    assert any(note.startswith("latency: ") for note in plan.notes)
-    assert bytes_of(torchtrim.trim(model, plan, example)) < bytes_of(model)
-    assert (tmp_path / "latencies.json").read_text().count("Conv2d(") == 2
