@@ -186,7 +186,7 @@ class _Choice:
         best: tuple[float, Plan, dict[str, float]] | None = None
         timed: list[float] = []
         for _ in range(_CORRECTIONS):
-            plan, kept, notes = self._chosen()
+            plan, kept, notes = self._chosen(refuse=best is None)
             found, stayed = self._measured(plan)
             if stayed:  # what cannot be proved is left whole; without it, again
                 for group in {self._profile[name].group for name in stayed}:
@@ -211,8 +211,8 @@ class _Choice:
         worst, plan, found = best
         return Plan(plan.layers, plan.source, (*plan.notes, *self._said(found, worst)), plan.through_norms)
 
-    def _chosen(self) -> tuple[Plan, Kept, list[str]]:
-        """The plan for what things are thought to cost."""
+    def _chosen(self, *, refuse: bool) -> tuple[Plan, Kept, list[str]]:
+        """The plan for what things are thought to cost. refuse: whether to raise PlanError where that is too much."""
         budget, profile, notes = self._budget, self._profile, list[str]()
         widths = profile.widths
         least, most = limits(budget.floor, budget.cap, widths)
@@ -238,7 +238,7 @@ class _Choice:
             raise PlanError("no layer is left to choose from:\n  " + "\n  ".join(self._notes))
         counts, left = allot(queues, excess)
         kept = kept_after(counts)
-        if left > 1:
+        if left > 1 and refuse:
             self._refuse(kept)
         odd = [name for name, queue in zip(self._scored, queues, strict=True) if queue.odd]
         if odd:
