@@ -17,13 +17,13 @@ import torch
 from typer.testing import CliRunner
 
 from small_data import write_idx, write_model
-from torchtrim import Profile, _job, _settings
+from torchtrim import Profile, _job, _measuring, _settings
 from torchtrim._guard import Guard
 from torchtrim._rounds import Progressive, Stop
 from torchtrim.cli import app
 from torchtrim.errors import TorchtrimError
 
-COMMANDS = ("demo", "run", "profile")
+COMMANDS = ("demo", "run", "profile", "sensitivity", "inspect")
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +208,15 @@ def test_demo_replaces_only_an_earlier_demo(monkeypatch: pytest.MonkeyPatch, tmp
         ("--distill 2", "distill must be ≥ 0 and ≤ 1, found 2"),
         ("--distill 0.5 --temperature 0", "temperature must be > 0, found 0"),
         ("--temperature 3", "expected --temperature with --distill"),
+        (
+            "--flops 0.5 --rule mean+1std",
+            r"expected either a rule or a budget, found both --rule mean\+1std and --flops",
+        ),
+        ("--floor 0.2", "expected --floor with a budget"),
+        ("--flops -1", "flops: expected a number above 0, found -1"),
+        ("--latency soon", "latency: expected a share below 1, or a time with its unit"),
+        ("--flops 0.5 --multiple-of 0", "multiple_of: expected a whole number of at least 1, found 0"),
+        ("--flops 0.5 --sensitivity none.json", "none.json: expected a sensitivity"),
         ("--patience 0 --retrain-epochs 3", "patience must be None, or whole and ≥ 1, found 0"),
         ("--patience 1", "patience must be below epochs, 1, found 1; train for longer"),
         ("--threads 100000", "Invalid value for '--threads'"),
@@ -235,6 +244,9 @@ def test_a_mistake_in_a_run_is_one_message(small: list[str], arguments: str, exp
             "none/a.png: expected a place in a directory that exists",
         ),
         ("small.py:Small --data idx:digits --resume", "expected --resume with --out FILE"),
+        ("small.py:Small --data idx:digits --resume --out a --until 0.9", "expected either --resume or --until"),
+        ("small.py:Small --data idx:digits --until 2", "expected confidence between 0 and 1, found 2"),
+        ("small.py:Small --data idx:digits --zero-tolerance -1", "zero_tolerance: expected a share"),
         ("small.py:Small", "Missing option '--data'"),
     ],
 )
@@ -278,17 +290,59 @@ def test_profile_draws_and_tells_classes_apart(small: list[str]) -> None:
     assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in ("apoz.png", "apoz-by-class.png"))
 
 
+def test_profile_ends_once_the_plan_is_settled(small: list[str]) -> None:
+    line = "--examples 100 --batch-size 1 --until 0.9 --rule threshold:1.5 --out p"
+    result = call("profile", *small, *line.split())
+    assert result.exit_code == 0, result.output
+    found = re.search(r"After (\d+) of 100 examples it is settled which neurons the rule removes\.", result.stdout)
+    assert found
+    assert Profile.load("p").examples == int(found[1]) < 100
+
+
+@pytest.mark.filterwarnings("default:.*zero_tolerance")
+def test_profile_counts_near_zeros_and_hands_that_on(small: list[str]) -> None:
+    Path("small.py").write_text(Path("small.py").read_text().replace("relu", "gelu"))
+    assert "such as contribution" in call("profile", *small).stdout
+    near = call("profile", *small, "--zero-tolerance", "0.5").stdout
+    assert "Trim first, as their mean APoZ is highest" in near
+    assert " --zero-tolerance 0.5 " in near.splitlines()[-1]
+
+
+def test_sensitivity_prints_draws_and_serves_a_budget(small: list[str]) -> None:
+    line = ["sensitivity", *small, "--fractions", "0.2,0.6", "--repair", "least-squares"]
+    result = call(*line, "--plot", "curves.png")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"layer +tied +− 20% +− 60% +weight|layer +− 20%", result.stdout)
+    assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
+    kept = Path("sensitivity.json").read_bytes()
+    assert call(*line, "--resume").exit_code == 0
+    assert Path("sensitivity.json").read_bytes() == kept
+    budget = ["--parameters", "0.6", "--sensitivity", "sensitivity.json", "--rounds", "1", "--retrain-epochs", "0"]
+    result = call("run", *small, *budget)
+    assert result.exit_code == 0, result.output
+    assert "by apoz, parameters 60 %" in result.stdout
+    assert "out of reach" in call("run", *small, "--parameters", "0.01", "--overwrite").stderr
+
+
+def test_a_mistake_in_a_sensitivity_is_one_message(small: list[str]) -> None:
+    assert "expected shares with commas between, found 'half'" in refused("sensitivity", *small, "--fractions", "half")
+    assert "expected a share of at least 0 and below 1" in refused("sensitivity", *small, "--fractions", "1.5")
+    Path("sensitivity.json").write_text("mine")
+    assert "expected a sensitivity" in refused("sensitivity", *small)
+    assert Path("sensitivity.json").read_text() == "mine"
+
+
 @pytest.mark.filterwarnings("default:partial")
 def test_an_interrupted_profile_is_printed_and_goes_on(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     line = ["profile", *small, "--examples", "30", "--batch-size", "8", "--out", "profile.safetensors"]
     whole = call(*line)
-    before, batches = Path("profile.safetensors").read_bytes(), _job.batches
+    before, batches = Path("profile.safetensors").read_bytes(), _measuring.batches
 
     def interrupted(*arguments: Any, **named: Any) -> Iterator[Any]:
         yield from islice(batches(*arguments, **named), 2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_job, "batches", interrupted)
+    monkeypatch.setattr(_measuring, "batches", interrupted)
     result = call(*line)
     assert result.exit_code == 130
     assert "APoZ over 16 examples, where it was interrupted" in result.stdout
@@ -296,7 +350,7 @@ def test_an_interrupted_profile_is_printed_and_goes_on(small: list[str], monkeyp
     assert "warning: partial: measuring was interrupted after 16 examples\n" in result.stderr
     assert result.stderr.endswith("\ninterrupted; the same command with --resume goes on\n")
     assert Profile.load("profile.safetensors").partial
-    monkeypatch.setattr(_job, "batches", batches)
+    monkeypatch.setattr(_measuring, "batches", batches)
     again = call(*line, "--resume")
     assert again.exit_code == 0
     assert again.stdout == whole.stdout

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchtrim
-from torchtrim import Fraction, Progressive, Round, Stop, TorchtrimError, _loop, iterate
+from torchtrim import Budget, Fraction, Progressive, Round, Stop, TorchtrimError, _loop, iterate
 from torchtrim.errors import PlanError, TraceError
 
 
@@ -273,3 +273,63 @@ def test_stop_needs_a_condition() -> None:
         Stop(rounds=0, compression=1)
     with pytest.raises(TorchtrimError, match="start of at least 1"):
         Progressive(0)
+
+
+def test_a_budget_is_met_in_equal_factors() -> None:
+    model = chain()
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    found = rounds(model, rule=Budget(parameters=0.4))
+    assert [done.number for done in found] == [1, 2, 3]
+    for done in found:
+        aim = whole * 0.4 ** (done.number / 3)
+        assert aim * 0.93 <= done.cost.parameters <= aim  # one neuron here is up to 7 % of what is left
+    assert rounds(model, rule=Budget(parameters=0.4), done=found[:1])[0].plan == found[1].plan
+
+
+def test_a_budget_counts_from_the_ancestor_and_keeps_its_floors() -> None:
+    model = chain()
+    found = rounds(model, rule=Budget(parameters=0.3, floor={"layers.0": 0.75}), stop=Stop(rounds=4))
+    widths = [done.widths["layers.0"] for done in found]
+    assert widths[-1] == 9  # of twelve; the floor is of the ancestor's neurons, not of what a round finds
+    assert widths == sorted(widths, reverse=True)
+    assert len(rounds(model, rule=Budget(parameters=0.3), stop=Stop(compression=9))) == 1
+
+
+def test_a_budget_that_is_too_small_says_so_in_the_first_round() -> None:
+    trained: list[nn.Module] = []
+    with pytest.raises(PlanError, match="the budget is out of reach"):
+        rounds(chain(), rule=Budget(parameters=0.3, floor=0.8), retrain=trained.append, stop=Stop(rounds=9))
+    assert not trained
+
+
+def test_the_guard_halves_the_way_to_a_budget() -> None:
+    model = chain()
+    attempts: list[torchtrim.Plan] = []
+    scripted = iter([90.0, 90.0, 50.0, 90.0, 90.0])  # the ancestor; trimmed, retrained; trimmed, retrained
+    found = rounds(
+        model,
+        rule=Budget(parameters=0.4),
+        stop=Stop(rounds=1),
+        guard=1.0,
+        evaluate=lambda _: next(scripted),
+        on_rejected=lambda attempt: attempts.append(attempt.plan),
+    )
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    assert len(attempts) == 1
+    assert 0.93 * 0.4**0.5 <= found[0].cost.parameters / whole <= 0.4**0.5
+    assert sum(map(len, attempts[0].removed.values())) > sum(map(len, found[0].plan.removed.values()))
+
+
+def test_near_zeros_count_in_every_round() -> None:
+    class Smooth(Chain):
+        def forward(self, inputs: Tensor) -> Tensor:
+            for layer in self.layers[:-1]:
+                inputs = F.gelu(layer(inputs))
+            return self.layers[-1](inputs)
+
+    torch.manual_seed(0)
+    with pytest.warns(torchtrim.TorchtrimWarning, match="zero_tolerance"):
+        plain = rounds(Smooth(), stop=Stop(rounds=1))[0].profile
+    near = rounds(Smooth(), stop=Stop(rounds=1), zero_tolerance=0.1)[0].profile
+    assert not any(layer.zeros.any() for layer in plain.values())
+    assert all(layer.zeros.any() for layer in near.values() if layer.locked is None)

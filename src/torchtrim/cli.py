@@ -223,7 +223,7 @@ def profile(
     ] = False,
 ) -> None:
     """Measure how often every neuron is silent, and say where to begin trimming."""
-    with _reported(_GOES_ON if out else ""):
+    with _reported(_GOES_ON if out and until is None else ""):
         from torchtrim import _measuring, _settings
         from torchtrim._select import parse_rule
         from torchtrim._source import Source
