@@ -65,7 +65,8 @@ def _summary(records: Sequence[Record]) -> str:
     rows = [(family, *_counts(some)) for family, some in groups.items()]
     if len(rows) > 1:
         rows.append(("all", *_counts(records)))
-    return table(head, rows) + "\n\nReach, trace and trim are medians."
+    together = _median(records, _together, "{:.1f}")
+    return table(head, rows) + f"\n\nReach, trace and trim are medians. Trace and trim together: {together}×."
 
 
 def _counts(records: Sequence[Record]) -> tuple[str, ...]:
@@ -94,6 +95,11 @@ def _trace(record: Record) -> float | None:
 
 def _trim(record: Record) -> float | None:
     return record["trim_s"] / record["floor_s"] if record.get("floor_s") and "trim_s" in record else None
+
+
+def _together(record: Record) -> float | None:
+    trace, trim = _trace(record), _trim(record)
+    return None if trace is None or trim is None else trace + trim
 
 
 def _models(records: Sequence[Record]) -> str:
