@@ -309,3 +309,22 @@ def test_processes_that_train_together_end_together(tmp_path: Path) -> None:
     (first, looks), (second, others) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     assert looks == others == 3
     assert all(torch.equal(parameter, second[name]) for name, parameter in first.items())
+
+
+@pytest.mark.parametrize(("channels", "last"), [(6, False), (16, True)])
+def test_a_convolution_that_cannot_bear_channels_last_is_not_given_them(channels: int, last: bool) -> None:
+    """PyTorch's backward pass of a strided 1×1 convolution of few channels corrupts memory then."""
+    model = nn.Sequential(
+        nn.Conv2d(1, channels, 3), nn.Conv2d(channels, 4, 1, stride=2), nn.Flatten(), nn.Linear(4 * 36, 3)
+    )
+    found: list[bool] = []
+
+    def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        assert found[-1] == last  # before anything is corrupted
+
+    model[1].register_forward_pre_hook(look)
+    data = TensorDataset(torch.randn(16, 1, 14, 14), torch.arange(16) % 3)
+    train(model, data, changed(epochs=1))
+    assert found
+    assert all(one.is_contiguous() for one in model.parameters())

@@ -22,7 +22,15 @@ from torchtrim._best_epoch import BestEpoch
 from torchtrim._data import batches
 from torchtrim._losses import cross_entropy, distillation, logits_of
 from torchtrim._progress import shown
-from torchtrim._training_state import gpus_of, modes_kept, own_forward, put_back, random_state, teaching
+from torchtrim._training_state import (
+    bears_channels_last,
+    gpus_of,
+    modes_kept,
+    own_forward,
+    put_back,
+    random_state,
+    teaching,
+)
 from torchtrim.errors import TorchtrimError
 
 OptimizerName = Literal["adamw", "sgd"]
@@ -132,9 +140,10 @@ def train(
             f"{label}: expected parameters that require gradients and at least one example, "
             f"found {len(parameters)} such parameters and {examples} examples"
         )
+    channels_last = training.channels_last and bears_channels_last(model)
     with (
         _accelerator(training, parameters[0].device) as accelerator,
-        put_back(model, channels_last=training.channels_last),
+        put_back(model, channels_last=channels_last),
         random_state(seed + accelerator.process_index, accelerator.device),
         teaching(teacher if training.distill else None, accelerator.device) as taught,
     ):
@@ -170,7 +179,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = training.lr * _schedule(training.schedule, (step + 0.5) / steps)
                 images = _shifted(inputs, training.shift, shifts)
-                if training.channels_last and images.ndim == 4:
+                if channels_last and images.ndim == 4:
                     images = images.to(memory_format=torch.channels_last)
                 loss, logits = cross_entropy(wrapped(images), labels, training.label_smoothing)
                 if taught is not None:

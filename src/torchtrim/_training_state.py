@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -32,6 +33,22 @@ def put_back(model: nn.Module, *, channels_last: bool) -> Generator[None]:
             if channels_last and contiguous and parameter.ndim == 4:
                 parameter.data = parameter.data.to(memory_format=torch.contiguous_format)
             parameter.grad = gradient
+
+
+def bears_channels_last(model: nn.Module) -> bool:
+    """Whether a model can be trained with channels last.
+
+    On a CPU, PyTorch (2.14 at least) writes beyond its memory in the backward pass of a strided 1×1 convolution of fewer
+    than eight channels that lie last, such as trimmed residual streams have.
+    """
+    narrow = (
+        module.in_channels // module.groups < 16  # a margin
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+        and module.weight.device.type == "cpu"
+        and math.prod(module.kernel_size) == 1 < max(module.stride)
+    )
+    return not any(narrow)
 
 
 @contextmanager
