@@ -38,7 +38,7 @@ def put_back(model: nn.Module, *, channels_last: bool) -> Generator[None]:
 def bears_channels_last(model: nn.Module) -> bool:
     """Whether a model can be trained with channels last.
 
-    On a CPU, PyTorch (2.14 at least) writes beyond its memory in the backward pass of a strided 1×1 convolution of fewer
+    On a CPU, PyTorch 2.14 writes beyond its memory in the backward pass of a strided 1×1 convolution of fewer
     than eight channels that lie last, such as trimmed residual streams have.
     """
     narrow = (
