@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,9 @@ class Fashion(Experiment):
         """Images without labels, in batches: float [250, 1, 28, 28] each."""
         return [images for images, _ in batches(self.data.calibration, 250)]
 
-    def trained(self, name: str, build: Callable[[], nn.Module], seed: int, **training: object) -> nn.Module:
+    def trained(
+        self, name: str, build: Callable[[], nn.Module], seed: int, data: Data | None = None, **training: Any
+    ) -> nn.Module:
         """The network of a seed, trained once and kept."""
         path = self.runs / f"{name}-{seed}.safetensors"
         with torch.random.fork_rng([]):
@@ -49,12 +52,15 @@ class Fashion(Experiment):
         if path.exists():
             return torchtrim.load(model, path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.retrain(model, self.epochs, seed, f"{name} {seed}", **training)
+        self.retrain(model, training.pop("epochs", self.epochs), seed, f"{name} {seed}", data, **training)
         torchtrim.save(model, path)
         return model
 
-    def retrain(self, model: nn.Module, epochs: float, seed: int, label: str, **training: object) -> nn.Module:
-        settings = Training(epochs=epochs, **training)  # pyright: ignore[reportArgumentType]
+    def retrain(
+        self, model: nn.Module, epochs: float, seed: int, label: str, data: Data | None = None, **training: Any
+    ) -> nn.Module:
+        """Train a model in place, on these data or Fashion-MNIST; training: what is unusual of `Training`."""
+        settings = Training(epochs=epochs, **training)
         with self.progress:
-            train(model, self.data.train, settings, seed=seed, progress=self.progress, label=label)
+            train(model, (data or self.data).train, settings, seed=seed, progress=self.progress, label=label)
         return model
