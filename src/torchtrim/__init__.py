@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torchtrim import criteria, errors, operators, testing
+    from torchtrim._budget import Budget
     from torchtrim._cost import measure
     from torchtrim._graph import trace
     from torchtrim._loop import Progressive, Round, Stop, iterate
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torchtrim._repair import repair
     from torchtrim._run_directory import run
     from torchtrim._select import Fraction, MeanPlusStd, Threshold, select
+    from torchtrim._sensitivity import Sensitivity, sensitivity
     from torchtrim._stable import Stable
     from torchtrim._store import load, save
     from torchtrim._surgery import mask, trim
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from torchtrim.operators import register_operator
 
 __all__ = [
+    "Budget",
     "Fraction",
     "LayerPlan",
     "MeanPlusStd",
@@ -32,6 +35,7 @@ __all__ = [
     "Profile",
     "Progressive",
     "Round",
+    "Sensitivity",
     "Stable",
     "Stop",
     "Threshold",
@@ -51,12 +55,14 @@ __all__ = [
     "run",
     "save",
     "select",
+    "sensitivity",
     "testing",
     "trace",
     "trim",
 ]
 
 _ROOMS = {
+    "_budget": "Budget",
     "_cost": "measure",
     "_graph": "trace",
     "_loop": "Progressive Round Stop iterate",
@@ -67,6 +73,7 @@ _ROOMS = {
     "_repair": "repair",
     "_run_directory": "run",
     "_select": "Fraction MeanPlusStd Threshold select",
+    "_sensitivity": "Sensitivity sensitivity",
     "_stable": "Stable",
     "_store": "load save",
     "_surgery": "mask trim",

@@ -42,20 +42,28 @@ def measure(model: nn.Module, example: Any) -> Cost:
 
 def measure_beside(models: Sequence[nn.Module], example: Any, seconds: float = 0.3) -> list[Cost]:
     """The costs of several models, whose calls are timed in turns, for about `seconds` each and five times at least."""
-    flops = [_flops(model, example) for model in models]
+    flops = [flops_of(model, example) for model in models]
     return [
         Cost(
-            sum(parameter.numel() for parameter in model.parameters()),
+            parameters_of(model),
             operations,
-            sum(tensor.numel() * tensor.element_size() for tensor in named_tensors(model).values()),
+            bytes_of(model),
             latency,
         )
         for model, operations, latency in zip(models, flops, _latencies(models, example, seconds), strict=True)
     ]
 
 
-def _flops(model: nn.Module, example: Any) -> int:
-    """Counted on the meta device, which computes nothing, where the model's control flow allows it."""
+def parameters_of(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def bytes_of(model: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in named_tensors(model).values())
+
+
+def flops_of(model: nn.Module, example: Any) -> int:
+    """Of one call, counted on the meta device, which computes nothing, where the model's control flow allows it."""
     for device in ("meta", None):
         tensors = {
             name: tensor.detach().to("meta") if device else tensor.detach().clone()
@@ -96,16 +104,16 @@ def _latencies(models: Sequence[nn.Module], example: Any, seconds: float) -> lis
             while len(times[0]) < 5 or time.perf_counter() - begun < seconds * len(models):
                 # in another order each turn, since a model finds the caches as the one before left them
                 for index in order.sample(range(len(models)), len(models)):
-                    start = _now(device)
+                    start = now(device)
                     models[index](*args, **kwargs)
-                    times[index].append(_now(device) - start)
+                    times[index].append(now(device) - start)
     finally:
         for module, mode in modes:
             module.training = mode
     return [statistics.median(found) for found in times]
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

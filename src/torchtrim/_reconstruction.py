@@ -72,6 +72,7 @@ class _Reconstruction:
     """costs: by layer, float64 [neurons]; NaN where nothing is known."""
 
     __name__ = "reconstruction"
+    comparable = True  # between layers, as `Budget` asks
 
     def __init__(self, costs: Mapping[str, Floats]) -> None:
         self.costs = costs

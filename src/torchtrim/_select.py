@@ -159,21 +159,10 @@ def select(
     """
     function, rule = criteria.resolve(criterion), resolve_rule(rule)
     groups = _groups(profile)
-    chosen = _chosen_groups(profile, groups, layers)
-
+    scored, notes = _all_scored(profile, groups, layers, function)
     removed: dict[str, tuple[int, ...]] = {}
-    notes: list[str] = []
-    faults: list[str] = []
-    for group in chosen:
-        scored = _Scored.of(groups[group], function)
-        if scored.unseen and layers is None:
-            notes.append(f"{', '.join(scored.unseen)}: no activation was observed; left whole")
-        elif scored.unseen:
-            faults += [f"layer {name!r}: no activation was observed, so it has no score" for name in scored.unseen]
-        else:
-            removed |= _choose(groups[group], scored, rule, notes)
-    if faults:
-        raise PlanError("\n".join([*faults, "profile them with data that reaches them, or leave them out"]))
+    for group, units in scored.items():
+        removed |= _choose(groups[group], units, rule, notes)
     plans = {name: LayerPlan(profile[name].width, removed[name]) for name in profile if name in removed}
     source = f"{getattr(function, '__name__', type(function).__name__)}, {rule}"
     return Plan(plans, source, tuple(notes), getattr(profile, "through_norms", False))
@@ -186,6 +175,14 @@ def scored_groups(
     function, groups = criteria.resolve(criterion), _groups(profile)
     found = {group: _Scored.of(groups[group], function) for group in _chosen_groups(profile, groups, layers)}
     return {group: (scored.scores, scored.places) for group, scored in found.items() if not scored.unseen}
+
+
+def observed_groups(
+    profile: Mapping[str, LayerProfile], layers: Sequence[str] | None, criterion: Criterion | str
+) -> tuple[dict[str, tuple[Floats, dict[str, NDArray[np.intp]]]], list[str]]:
+    """As `scored_groups`, with notes of groups that nothing was observed of; raises PlanError as `select` does."""
+    scored, notes = _all_scored(profile, _groups(profile), layers, criteria.resolve(criterion))
+    return {group: (units.scores, units.places) for group, units in scored.items()}, notes
 
 
 def check_layers(profile: Mapping[str, LayerProfile], layers: Sequence[str] | None) -> None:
@@ -228,6 +225,29 @@ def _chosen_groups(
     if faults:
         raise PlanError("\n".join(faults))
     return list(dict.fromkeys(profile[name].group for name in names))
+
+
+def _all_scored(
+    profile: Mapping[str, LayerProfile],
+    groups: Mapping[str, list[LayerProfile]],
+    layers: Sequence[str] | None,
+    function: Criterion,
+) -> tuple[dict[str, "_Scored"], list[str]]:
+    """The chosen groups with their scores, and notes of those that are left whole; raises PlanError."""
+    found: dict[str, _Scored] = {}
+    notes: list[str] = []
+    faults: list[str] = []
+    for group in _chosen_groups(profile, groups, layers):
+        scored = _Scored.of(groups[group], function)
+        if scored.unseen and layers is None:
+            notes.append(f"{', '.join(scored.unseen)}: no activation was observed; left whole")
+        elif scored.unseen:
+            faults += [f"layer {name!r}: no activation was observed, so it has no score" for name in scored.unseen]
+        else:
+            found[group] = scored
+    if faults:
+        raise PlanError("\n".join([*faults, "profile them with data that reaches them, or leave them out"]))
+    return found, notes
 
 
 def _locked(layer: LayerProfile, groups: Mapping[str, list[LayerProfile]]) -> str | None:

@@ -1,0 +1,395 @@
+"""Neurons chosen over all layers at once, so that what is left of a model meets a budget."""
+
+import math
+import re
+import statistics
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch import nn
+
+from torchtrim import criteria
+from torchtrim._allot import TOLERANCE, Queue, allot
+from torchtrim._cost import bytes_of, flops_of, measure_beside, parameters_of
+from torchtrim._forward import device_of
+from torchtrim._graph import trace
+from torchtrim._history import history
+from torchtrim._latency import Latencies, LatencyTable
+from torchtrim._neurons import Kept, NeuronGraph
+from torchtrim._plan import LayerPlan, Plan
+from torchtrim._price import Prices
+from torchtrim._profile import Profile
+from torchtrim._select import observed_groups
+from torchtrim._surgery import trim
+from torchtrim.criteria import Criterion, Floats, Integers
+from torchtrim.errors import PlanError, TorchtrimWarning, nearest
+
+PerLayer: TypeAlias = float | Mapping[str, float]
+
+_TARGETS = ("parameters", "flops", "bytes", "latency")
+_SECONDS = re.compile(r"(\d+\.?\d*|\.\d+)\s*(s|ms|us|µs)")
+_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
+_SECONDS_EACH = 1.0  # that a trimmed model and its original are timed
+_CORRECTIONS = 6  # of what is priced by what is measured
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be left of a model at most. At least one target is given; of several, all must hold.
+
+    parameters, flops, bytes: as `measure` counts them. A number below 1 is a share of the model's own, from 1 on it is
+    the amount itself: 0.5 or 200_000. latency: of one call on the example; a number below 1 is a share of the model's
+    own, and a time is a text with its unit: 0.5, "12 ms", "0.05 s".
+
+    floor, cap: how many neurons of a layer must stay, and may stay, whatever their scores: below 1 a share of the
+    layer's neurons, from 1 on their number; one for all layers, or by names and patterns such as "features.*", of which
+    the first that fits a layer counts. One neuron always stays. multiple_of: layers that lose neurons keep a multiple
+    of it, which many devices compute faster; a group of layers whose locked neurons allow no multiple is named in a
+    note. weights: factors on the importance of layers' neurons, by names and patterns, such as `Sensitivity.weights()`;
+    the others have 1.
+
+    Raises PlanError: no target, or numbers that make no sense.
+    """
+
+    parameters: float | None = None
+    flops: float | None = None
+    latency: float | str | None = None
+    bytes: float | None = None
+    floor: PerLayer = 0.05
+    cap: PerLayer | None = None
+    multiple_of: int = 1
+    weights: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name}: expected a number above 0, found {value!r}"
+            for name in ("parameters", "flops", "bytes")
+            if (value := getattr(self, name)) is not None and not _positive(value)
+        ]
+        if self.latency is not None and not _is_latency(self.latency):
+            faults.append(
+                f'latency: expected a share below 1, or a time with its unit such as "12 ms", found {self.latency!r}'
+            )
+        if not self._asked:
+            faults.append("expected a target, found none; give parameters, flops, bytes or latency")
+        for name in ("floor", "cap", "weights"):
+            given: Any = getattr(self, name)
+            values: Iterable[Any] = () if given is None else given.values() if isinstance(given, Mapping) else [given]
+            faults += [
+                f"{name}: expected numbers {'of at least' if name == 'floor' else 'above'} 0, found {value!r}"
+                for value in values
+                if not (_positive(value) or (name == "floor" and value == 0))
+            ]
+        if type(self.multiple_of) is not int or self.multiple_of < 1:
+            faults.append(f"multiple_of: expected a whole number of at least 1, found {self.multiple_of!r}")
+        if faults:
+            raise PlanError("Budget: " + "\n  ".join(faults))
+
+    def plan(
+        self,
+        model: nn.Module,
+        example: Any,
+        profile: Profile,
+        *,
+        criterion: Criterion | str = criteria.apoz,
+        layers: Sequence[str] | None = None,
+        latencies: str | Path | None = None,
+    ) -> Plan:
+        """Choose the neurons that go, over all layers at once, so that the trimmed model meets the budget.
+
+        Every unit (neurons that go together) has an importance that is comparable between layers. For `apoz` it is the
+        share of activations that are not zero, for what `torchtrim.reconstruction` returns the relative squared error,
+        both as they are; other criteria are negated and divided by their root mean square over the group of layers
+        (Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference", 2017, section 2.2).
+        A criterion of one's own is taken as it is where it has an attribute `comparable` that is true. The units of
+        the least importance go, until all targets are met.
+
+        A plan costs what it leaves of every tensor and every product, not the sum of what its neurons cost alone. The
+        trimmed model is counted at the end, or timed beside the original, and the choice is corrected until it ends at
+        most 1 % below a target. Where floors, multiples or large units do not allow that, a note of the plan says so.
+        Latencies of layers are measured on this machine at several widths, and interpolated; what is measured on a
+        shared machine varies by more than 1 %.
+
+        example, layers, criterion: as for `trim` and `select`. profile: what was measured of this model; it says
+        whether what norms average over may go. latencies: a file in which the latencies of layers are kept, which is
+        read if there is one.
+
+        Raises PlanError: a budget that is out of reach, which says the smallest that is not; a profile of another
+        model; layers that are unknown or locked. Raises StoreError: latencies of another machine.
+        """
+        graph = (
+            example if isinstance(example, NeuronGraph) else trace(model, example, through_norms=profile.through_norms)
+        )
+        widths = {name: layer.width for name, layer in profile.items()}
+        Plan({name: LayerPlan(width) for name, width in widths.items()}).check(
+            {name: layer.width for name, layer in graph.layers.items()}
+        )
+        choice = _Choice(self, model, graph, profile, criteria.resolve(criterion), layers, latencies)
+        return choice.made()
+
+    @property
+    def _asked(self) -> dict[str, float | str]:
+        return {name: value for name in _TARGETS if (value := getattr(self, name)) is not None}
+
+    def __str__(self) -> str:
+        targets = (f"{name} {_text(name, value)}" for name, value in self._asked.items())
+        return ", ".join(targets)
+
+
+class _Choice:
+    """The work of `Budget.plan`."""
+
+    def __init__(
+        self,
+        budget: Budget,
+        model: nn.Module,
+        graph: NeuronGraph,
+        profile: Profile,
+        criterion: Criterion,
+        layers: Sequence[str] | None,
+        latencies: str | Path | None,
+    ) -> None:
+        self._budget, self._model, self._graph, self._profile = budget, model, graph, profile
+        self._source = f"{getattr(criterion, '__name__', type(criterion).__name__)}, {budget}"
+        scored, self._notes = observed_groups(profile, layers, criterion)
+        factors = per_layer("weights", budget.weights or {}, profile, 1.0)
+        self._scored = {
+            name: (
+                importance(scores, criterion) * float(np.mean([factors[one] for one in places])),
+                places,
+            )
+            for name, (scores, places) in scored.items()
+        }
+        self._prices = Prices(model, graph, flops=budget.flops is not None)
+        self._own: dict[str, float] = {
+            name: self._priced(name, self._all_kept) for name in budget._asked if name != "latency"
+        }
+        if budget.latency is not None:
+            self._latencies = Latencies(model, graph, LatencyTable(device_of(model), latencies))
+            self._own["latency"] = self._latencies.whole
+        if budget.flops is not None:
+            self._own["flops"] = flops_of(model, graph.example)
+        self._targets = {name: _amount(value, self._own[name]) for name, value in budget._asked.items()}
+        self._scale = {name: own / (self._priced(name, self._all_kept) or 1.0) for name, own in self._own.items()}
+
+    @property
+    def _all_kept(self) -> Kept:
+        return np.ones(len(self._graph.root), bool)
+
+    def made(self) -> Plan:
+        best: tuple[float, Plan, dict[str, float]] | None = None
+        timed: list[float] = []
+        for _ in range(_CORRECTIONS):
+            plan, kept, notes = self._chosen()
+            found, stayed = self._measured(plan)
+            if stayed:  # what cannot be proved is left whole; without it, again
+                for group in {self._profile[name].group for name in stayed}:
+                    self._scored.pop(group, None)
+                self._notes += [f"{', '.join(stayed)}: could not be proved; left whole"]
+                continue
+            worst = max(found[name] / target for name, target in self._targets.items())
+            # the nearest below; above, the nearest
+            if best is None or _off(worst) < _off(best[0]):
+                best = worst, Plan(plan.layers, plan.source, (*self._notes, *notes), plan.through_norms), found
+            factors = {name: found[name] / (self._priced(name, kept) or 1.0) for name in found}
+            if 1 - TOLERANCE <= worst <= 1 or all(math.isclose(factors[n], self._scale[n]) for n in factors):
+                break
+            if "latency" in found:  # what is measured varies
+                timed = [*timed, factors["latency"]][-3:]
+                factors["latency"] = statistics.median(timed)
+            self._scale = factors
+        if best is None:
+            raise PlanError(
+                "nothing of what was chosen can be proved; look at the notes of print(trace(model, example))"
+            )
+        worst, plan, found = best
+        return Plan(plan.layers, plan.source, (*plan.notes, *self._said(found, worst)), plan.through_norms)
+
+    def _chosen(self) -> tuple[Plan, Kept, list[str]]:
+        """The plan for what things are thought to cost."""
+        budget, profile, notes = self._budget, self._profile, list[str]()
+        least, most = limits(budget.floor, budget.cap, profile)
+        widths = {name: layer.width for name, layer in profile.items()}
+        queues = [
+            Queue.of(values, places, widths, least, most, budget.multiple_of)
+            for values, places in self._scored.values()
+        ]
+        groups = list(self._scored.values())
+        roots = [_roots_of_units(self._graph, profile, places, values.size) for values, places in groups]
+
+        def kept_after(counts: Integers) -> Kept:
+            kept = self._all_kept
+            for queue, units, count in zip(queues, roots, counts, strict=True):
+                for unit in queue.units[:count]:
+                    kept[units[unit]] = False
+            return kept
+
+        def excess(counts: Integers) -> float:
+            kept = kept_after(counts)
+            return max(self._cost(name, kept) / target for name, target in self._targets.items())
+
+        if not queues:
+            raise PlanError("no layer is left to choose from:\n  " + "\n  ".join(self._notes))
+        counts, left = allot(queues, excess)
+        kept = kept_after(counts)
+        if left > 1:
+            self._refuse(kept)
+        odd = [name for name, queue in zip(self._scored, queues, strict=True) if queue.odd]
+        if odd:
+            notes.append(f"{', '.join(odd)}: no smaller width is a multiple of {budget.multiple_of}")
+        removed = {
+            name: np.flatnonzero(~kept[self._graph.layers[name].roots]) for _, places in groups for name in places
+        }
+        plans = {
+            name: LayerPlan(layer.width, tuple(removed[name].tolist()))
+            for name, layer in profile.items()
+            if name in removed
+        }
+        return Plan(plans, self._source, (), profile.through_norms), kept, notes
+
+    def _cost(self, name: str, kept: Kept) -> float:
+        return self._priced(name, kept) * self._scale[name]
+
+    def _priced(self, name: str, kept: Kept) -> float:
+        return self._latencies.seconds(kept) if name == "latency" else getattr(self._prices, name)(kept)
+
+    def _refuse(self, kept: Kept) -> None:
+        reached = (
+            f"{name}: expected at most {_amount_text(name, target)}, but the smallest that can be reached is "
+            f"{_amount_text(name, smallest)}, {smallest / self._own[name]:.1%} of the model's own"
+            for name, target in self._targets.items()
+            if (smallest := self._cost(name, kept)) > target
+        )
+        raise PlanError(
+            "the budget is out of reach:\n  "
+            + "\n  ".join(reached)
+            + "\nlower the floors, trim more layers, or ask for "
+            "less; print(trace(model, example)) says what is locked"
+        )
+
+    def _measured(self, plan: Plan) -> tuple[dict[str, float], list[str]]:
+        """What the trimmed model costs, and the layers that stayed whole against the plan."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TorchtrimWarning)  # a note says it
+            trimmed = trim(self._model, plan, self._graph)
+        carried_out = history(trimmed).plans[-1]
+        stayed = [name for name in plan.removed if carried_out.layers[name].removed != plan.layers[name].removed]
+        return ({} if stayed else self._costs(trimmed)), stayed
+
+    def _costs(self, trimmed: nn.Module) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name in self._targets:
+            if name == "latency":
+                before, after = measure_beside([self._model, trimmed], self._graph.example, _SECONDS_EACH)
+                # of a share: a machine that is slower just now is so for both
+                share = self._own[name] * after.latency / before.latency
+                found[name] = after.latency if isinstance(self._budget.latency, str) else share
+            elif name == "flops":
+                found[name] = flops_of(trimmed, self._graph.example)
+            else:
+                found[name] = parameters_of(trimmed) if name == "parameters" else bytes_of(trimmed)
+        return found
+
+    def _said(self, found: Mapping[str, float], worst: float) -> list[str]:
+        """What it comes to, and how it differs from what was asked."""
+        said = [
+            f"{name}: {_amount_text(name, self._own[name])} → {_amount_text(name, found[name])}, "
+            f"at most {_amount_text(name, target)} asked"
+            for name, target in self._targets.items()
+        ]
+        if worst > 1:
+            said.append(f"{worst - 1:.1%} above what was asked: latencies vary, or multiples and floors are in the way")
+        elif worst < 1 - TOLERANCE:
+            said.append(
+                f"{1 - worst:.1%} below what was asked: caps ask for it, or no layer has a step that is small enough"
+            )
+        return said
+
+
+def importance(scores: Floats, criterion: Criterion) -> Floats:
+    """What a group of layers would lose with each unit, comparable between groups: float64 [units].
+
+    scores: float64 [units], those of the criterion.
+    """
+    if criterion is criteria.apoz:
+        return 1 - scores
+    lost = -scores
+    if getattr(criterion, "comparable", False):
+        return lost
+    lost = lost - min(float(lost.min(initial=0.0)), 0.0)
+    return lost / (math.sqrt(np.square(lost).mean()) or 1.0)
+
+
+def limits(floor: PerLayer, cap: PerLayer | None, profile: Profile) -> tuple[dict[str, int], dict[str, int]]:
+    """By layer, how many neurons must stay at least, and may at most."""
+    floors, caps = per_layer("floor", floor, profile, 0.0), per_layer("cap", cap or {}, profile, math.inf)
+    least, most, faults = dict[str, int](), dict[str, int](), list[str]()
+    for name, layer in profile.items():
+        width, low, high = layer.width, floors[name], caps[name]
+        least[name] = min(max(1, math.ceil(low * width - 1e-9 if low < 1 else low)), width)
+        most[name] = max(1, math.floor(high * width + 1e-9)) if high < 1 else int(min(high, width))
+        if least[name] > most[name]:
+            faults.append(f"layer {name!r}: the floor of {least[name]} neurons is above the cap of {most[name]}")
+    if faults:
+        raise PlanError("\n".join([*faults, "lower the floor, or raise the cap"]))
+    return least, most
+
+
+def per_layer(what: str, given: PerLayer, names: Iterable[str], default: float) -> dict[str, float]:
+    """A number for each layer. Raises PlanError for names and patterns that fit none."""
+    names = list(names)
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(names, given)
+    unknown = [one for one in given if not any(one == name or fnmatchcase(name, one) for name in names)]
+    if unknown:
+        raise PlanError("\n".join(f"{what}: unknown layer {one!r}{nearest(one, names)}" for one in unknown))
+    return {
+        name: next((value for one, value in given.items() if one == name or fnmatchcase(name, one)), default)
+        for name in names
+    }
+
+
+def _roots_of_units(graph: NeuronGraph, profile: Profile, places: Mapping[str, Integers], count: int) -> list[Integers]:
+    """The roots of each unit of a group."""
+    roots = np.concatenate([graph.layers[name].roots[profile[name].unit >= 0] for name in places])
+    units = np.concatenate([*places.values()])
+    order = np.argsort(units, kind="stable")
+    bounds = np.searchsorted(units[order], np.arange(1, count))
+    return [np.unique(some) for some in np.split(roots[order], bounds)]
+
+
+def _off(worst: float) -> tuple[bool, float]:
+    return worst > 1, abs(worst - 1)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _is_latency(value: Any) -> bool:
+    if isinstance(value, str):
+        found = _SECONDS.fullmatch(value.strip())
+        return found is not None and float(found[1]) > 0
+    return _positive(value) and value < 1
+
+
+def _amount(value: float | str, own: float) -> float:
+    """A target in the unit of what is counted. own: what the model has."""
+    if isinstance(value, str):
+        found = _SECONDS.fullmatch(value.strip())
+        assert found
+        return float(found[1]) * _UNITS[found[2]]
+    return value * own if value < 1 else value
+
+
+def _amount_text(name: str, amount: float) -> str:
+    return f"{1000 * amount:.3g} ms" if name == "latency" else f"{amount:,.0f}"
+
+
+def _text(name: str, value: float | str) -> str:
+    return value if isinstance(value, str) else f"{100 * value:g} %" if value < 1 else _amount_text(name, value)
