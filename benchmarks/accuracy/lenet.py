@@ -117,8 +117,8 @@ from the 5,000 calibration images, or not; and retrained for 1 or 3 epochs at a 
 repaired by means, and what was cut to half its size, is not retrained. Test accuracy, %.
 """
     ]
-    for name in whole:
-        parts += [f"## {SETS[name]}\n\nThe whole network is at {spread(whole[name])}.\n", _table(found, name)]
+    for name, values in whole.items():
+        parts += [f"## {SETS[name]}\n\nThe whole network is at {spread(values)}.\n", _table(found, name)]
         far = [[f"{compression(widths):.1f}×", spread(_far(found, name, widths))] for widths in FAR]
         parts.append(
             f"Chosen by reconstruction, repaired by least squares and retrained for {FAR_EPOCHS} epochs:\n\n"
