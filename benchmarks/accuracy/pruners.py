@@ -52,7 +52,7 @@ class Method:
 
 METHODS = (
     *(Method(OURS, name, "uniform") for name in ("reconstruction", "contribution", "apoz", "l1_norm")),
-    *(Method(OURS, name, "budget") for name in ("reconstruction", "contribution", "apoz", "l1_norm")),
+    *(Method(OURS, name, "budget") for name in ("reconstruction", "contribution")),
     *(Method(THEIRS, name, "uniform") for name in rivals.IMPORTANCES if name != "LAMP"),  # it orders as L2 does
     *(Method(THEIRS, name, "global") for name in rivals.IMPORTANCES),
 )
@@ -175,11 +175,13 @@ def main() -> None:
         for network in NETWORKS:
             study = Study(experiment, network, seed)
             whole.setdefault(network, []).append(experiment.once(f"{study.key}, whole", study.whole)[0])
-            for name, work, columns in (
-                ("figures", study.figures, ("flops", "parameters", "cut", "norms", "repaired")),
-                ("retrained", study.retrained, ("retrained",)),
-            ):
-                for method, times in product(METHODS if name == "figures" else SHORTLIST, TIMES):
+            rest = [method for method in METHODS if method not in SHORTLIST]
+            for name, methods in (("figures", SHORTLIST), ("retrained", SHORTLIST), ("figures", rest)):
+                work, columns = {
+                    "figures": (study.figures, ("flops", "parameters", "cut", "norms", "repaired")),
+                    "retrained": (study.retrained, ("retrained",)),
+                }[name]
+                for method, times in product(methods, TIMES):
                     key = f"{study.key}, {method}, {times}x, {name}"
                     values = experiment.once(key, partial(work, method, times))
                     print(key, *(f"{value:.2f}" for value in values), flush=True)
