@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from small_data import write_idx, write_model
 from torchtrim import Profile, _job, _settings
-from torchtrim._loop import Progressive, Stop
+from torchtrim._guard import Guard
+from torchtrim._rounds import Progressive, Stop
 from torchtrim.cli import app
 from torchtrim.errors import TorchtrimError
 
@@ -100,7 +101,7 @@ def test_run_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     line = (
         "run timm:resnet18 --data imagefolder:flowers --weights w.pt --calibration 50 --resize 70 --crop 64 "
         "--layers conv1,layer1.* --layers fc --rule fraction:0.2 --criterion l1_norm --rounds 3 --compression 2 "
-        "--repair mean,least-squares "
+        "--repair mean,least-squares --max-drop 2 --guard 0.5 --retries 2 --distill 0.4 --temperature 3 --keep-best "
         "--smallest-accuracy 90 --train-epochs 2 --retrain-epochs 0.5 --optimizer adamw --lr 0.1 --schedule onecycle "
         "--batch-size 8 --weight-decay 0.2 --label-smoothing 0.3 --shift 1 --workers 2 --device cpu --seed 5 "
         "--out there --overwrite"
@@ -113,7 +114,8 @@ def test_run_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (str(settings.rule), settings.criterion) == ("fraction:0.2", "l1_norm")
     assert settings.repair == ("mean", "least-squares")
     assert settings.described()["repair"] == ["mean", "least-squares"]
-    assert settings.stop == Stop(rounds=3, compression=2, accuracy=90)
+    assert settings.stop == Stop(rounds=3, compression=2, accuracy=90, max_drop=2)
+    assert settings.guard == Guard(0.5, retries=2)
     training = _settings.Training(
         epochs=0.5,
         optimizer="adamw",
@@ -126,7 +128,7 @@ def test_run_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         workers=2,
         seed=5,
     )
-    assert settings.retraining == training
+    assert settings.retraining == _settings.replace(training, distill=0.4, temperature=3, keep_best=True)
     assert settings.training == _settings.replace(training, epochs=2)
     assert settings.out == Path("there")
     assert how == {"resume": False, "overwrite": True}
@@ -149,7 +151,11 @@ def test_run_has_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.out == Path("runs/lenet-mnist")
     assert how == {"resume": True, "overwrite": False}
     settings, _ = asked(monkeypatch, "run", "lenet", "--data", "mnist", "--progressive", "3")
-    assert settings.layers == Progressive(3)
+    assert (settings.layers, settings.guard) == (Progressive(3), None)
+    more = ("--progressive", "3", "--step", "2", "--guard", "1", "--retrain-epochs", "3", "--patience", "2")
+    settings, _ = asked(monkeypatch, "run", "lenet", "--data", "mnist", *more)
+    assert (settings.layers, settings.guard) == (Progressive(3, step=2), Guard(1))
+    assert settings.retraining == _settings.Training(epochs=3, patience=2)
 
 
 def test_demo_replaces_only_an_earlier_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -192,6 +198,18 @@ def test_demo_replaces_only_an_earlier_demo(monkeypatch: pytest.MonkeyPatch, tmp
         ("--smallest-accuracy 300", "smallest accuracy: expected per cent, from 0 to 100, found 300"),
         ("--smallest-accuracy nan", "smallest accuracy: expected per cent, from 0 to 100, found nan"),
         ("--layers ,", "layers: expected names, found ','"),
+        ("--progressive 2 --step 0", "expected a whole step of at least 1, found 0"),
+        ("--step 2", "expected --step with --progressive"),
+        ("--guard 120", "guard: expected per cent, from 0 to 100, found 120"),
+        ("--guard nan", "guard: expected per cent, from 0 to 100, found nan"),
+        ("--guard 1 --retries -1", "retries must be a whole number of at least 0, found -1"),
+        ("--retries 2", "expected --retries with --guard"),
+        ("--max-drop -1", "largest drop: expected per cent, from 0 to 100, found -1"),
+        ("--distill 2", "distill must be ≥ 0 and ≤ 1, found 2"),
+        ("--distill 0.5 --temperature 0", "temperature must be > 0, found 0"),
+        ("--temperature 3", "expected --temperature with --distill"),
+        ("--patience 0 --retrain-epochs 3", "patience must be None, or whole and ≥ 1, found 0"),
+        ("--patience 1", "patience must be below epochs, 1, found 1; train for longer"),
         ("--threads 100000", "Invalid value for '--threads'"),
         ("--threads 0", "Invalid value for '--threads'"),
         ("--nothing", "No such option: --nothing"),

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from small_data import write_idx, write_images, write_model
 from torchtrim import Fraction, MeanPlusStd, Profile, Progressive, Stop, TorchtrimError, TorchtrimWarning, _cost, _loop
 from torchtrim import _job as job
-from torchtrim._job import run, silence
+from torchtrim._job import run
+from torchtrim._measuring import silence
 from torchtrim._models import build_model, load_weights
 from torchtrim._settings import (
     Settings,

@@ -550,3 +550,32 @@ def test_models_that_do_not_belong_together() -> None:
         torchtrim.repair(small, small, data, [data])
     with pytest.raises(PlanError, match="no layer 'a'"):
         torchtrim.repair(small, nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2)).double(), data, [data])
+
+
+def test_a_pass_runs_models_no_further_than_it_listens() -> None:
+    model = chain(nn.Linear(8, 4))
+    batches = list(torch.randn(6, 10, 5, dtype=torch.float64))
+    small = torchtrim.trim(model, Plan({"a": LayerPlan(8, (1, 2, 5))}), batches[0])
+    calls: list[Tensor] = []
+    model.get_submodule("out").register_forward_hook(lambda module, args, out: calls.append(args[0]))
+    repaired = torchtrim.repair(small, model, batches[0], batches)
+    ran = [one for one in calls if not one.is_meta]
+    assert len(ran) == 1  # the first batch tells what is called
+    whole = torchtrim.repair(small, model, batches[0], [torch.cat(batches)])
+    torch.testing.assert_close(repaired.state_dict(), whole.state_dict(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_pass_runs_models_to_their_end_where_a_branch_is_rare() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.a(x).relu()
+        return net.out(net.b(y) + (net.rare(2 * y) if x.sum() > 0 else 0))
+
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(5, 8), "b": nn.Linear(8, 4), "rare": nn.Linear(8, 4), "out": nn.Linear(4, 2)}
+    model = randomised(Net(forward, layers))
+    data = torch.randn(6, 10, 5, dtype=torch.float64)
+    data += torch.where(torch.arange(6) == 4, 1.0, -1.0).view(-1, 1, 1) - data.mean((1, 2), keepdim=True)
+    small = torchtrim.trim(model, Plan({"a": LayerPlan(8, (1, 2, 5))}), data[4])
+    repaired = torchtrim.repair(small, model, data[4], list(data))
+    before, after = (one.get_submodule("rare").weight for one in (small, repaired))
+    assert not torch.equal(before, after)

@@ -14,8 +14,8 @@ from torch import nn
 
 from torchtrim import Fraction, LayerPlan, MeanPlusStd, Plan, Profile, Round, Threshold, TorchtrimWarning
 from torchtrim._cost import Cost
-from torchtrim._loop import Accuracy
-from torchtrim._picture import _accuracy, _limits, _shares, picture
+from torchtrim._guard import Accuracy, Attempt
+from torchtrim._picture import _accuracy, _limits, _ridge, _shares, picture
 from torchtrim._report import Ancestor, RoundTable, advice, profile_table
 from torchtrim.criteria import LayerProfile
 from torchtrim.errors import PlanError
@@ -68,6 +68,7 @@ def rounds(count: int = 2, tested: bool = True) -> list[Round]:
                 Accuracy(99.2, 98.5, 99.1),
                 Accuracy(99.31, 90.123, 99.256) if tested else None,
                 {"retrain": 4.0, "profile": 1.04},
+                99.2,
             )
         )
         layers["conv2"] = layer("conv2", [40, 50, 60])
@@ -279,3 +280,14 @@ def test_the_shares_of_a_histogram_are_those_of_the_neurons() -> None:
 def test_the_limit_is_drawn_where_the_rule_has_one(rule, criterion: str, expected: float | None) -> None:
     found = _limits(rule, criterion)(measured()["conv2"])
     assert found == (expected if expected is None else pytest.approx(expected))
+
+
+def test_no_limit_is_drawn_of_a_round_that_took_less_than_the_rule_says() -> None:
+    from matplotlib.figure import Figure
+
+    one = rounds(1)[0]
+    attempt = Attempt(1, one.plan, one.accuracy, 99.15)
+    for rejected, lines in (((), 2), ((attempt,), 1)):  # the base line, and the limit
+        axes = Figure().subplots()
+        _ridge(axes, replace(one, rejected=rejected), "conv2", 0, 1.0, _limits(Threshold(0.9), "apoz"))
+        assert len(axes.lines) == lines

@@ -238,7 +238,7 @@ def test_metrics_are_complete(tmp_path) -> None:
         "criterion": "torchtrim.criteria.apoz",
         "seed": 0,
     }
-    assert asked["stop"] == {"rounds": 2, "compression": None, "accuracy": None}
+    assert asked["stop"] == {"rounds": 2, "compression": None, "accuracy": None, "max_drop": None}
     assert set(asked["versions"]) == {"torchtrim", "torch", "python"}
 
 

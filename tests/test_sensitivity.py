@@ -40,7 +40,7 @@ def test_it_is_what_trimming_one_layer_at_a_time_gives(model) -> None:
 
 def test_repair_makes_it_less(model) -> None:
     plain = sensitivity(model, INPUTS[:2], [INPUTS], likeness(model), fractions=[0.5])
-    repaired = sensitivity(model, INPUTS[:2], [INPUTS], likeness(model), fractions=[0.5], repaired="least-squares")
+    repaired = sensitivity(model, INPUTS[:2], [INPUTS], likeness(model), fractions=[0.5], repair="least-squares")
     assert all(repaired.lost[name] < plain.lost[name] for name in plain.lost)
 
 

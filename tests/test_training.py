@@ -17,8 +17,9 @@ from torch.utils.data import Subset, TensorDataset
 
 from torchtrim._data import load_data
 from torchtrim._lenet import LeNet
+from torchtrim._losses import cross_entropy
 from torchtrim._progress import training_progress
-from torchtrim._training import Training, _loss, _schedule, _shifted, evaluate, train
+from torchtrim._training import Training, _schedule, _shifted, evaluate, train
 from torchtrim.errors import TorchtrimError
 
 PLAIN = Training(epochs=2, batch_size=8, mixed_precision="no", shift=0, label_smoothing=0, lr=0.01)
@@ -197,10 +198,10 @@ def test_auxiliary_classifiers_count_three_tenths() -> None:
     outputs = namedtuple("outputs", ["logits", "aux_logits2", "aux_logits1"])  # as torchvision's GoogLeNet
     labels = torch.tensor([0, 2])
     logits, first, second = torch.randn(3, 2, 3)
-    loss, returned = _loss(outputs(logits, first, None), labels, 0)
+    loss, returned = cross_entropy(outputs(logits, first, None), labels, 0)
     assert returned is logits
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels) + 0.3 * F.cross_entropy(first, labels))
-    both, _ = _loss(outputs(logits, first, second), labels, 0)
+    both, _ = cross_entropy(outputs(logits, first, second), labels, 0)
     torch.testing.assert_close(both, loss + 0.3 * F.cross_entropy(second, labels))
 
     class Auxiliary(nn.Module):
@@ -473,6 +474,7 @@ def test_the_display_is_silent_without_a_terminal() -> None:
 SCRIPT = """
 import sys, torch
 from torch.utils.data import TensorDataset
+from torchtrim._losses import cross_entropy
 from torchtrim._progress import training_progress
 from torchtrim._training import Training, train
 torch.set_num_threads(1)

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from torchtrim._budget import Budget
     from torchtrim._cost import measure
     from torchtrim._graph import trace
-    from torchtrim._loop import Progressive, Round, Stop, iterate
+    from torchtrim._guard import Guard
+    from torchtrim._loop import iterate
     from torchtrim._measure import profile
     from torchtrim._plan import LayerPlan, Plan
     from torchtrim._profile import Profile
     from torchtrim._reconstruction import reconstruction
     from torchtrim._repair import repair
+    from torchtrim._rounds import Progressive, Round, Stop
     from torchtrim._run_directory import run
     from torchtrim._select import Fraction, MeanPlusStd, Threshold, select
     from torchtrim._sensitivity import Sensitivity, sensitivity
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Budget",
     "Fraction",
+    "Guard",
     "LayerPlan",
     "MeanPlusStd",
     "Plan",
@@ -65,12 +68,14 @@ _ROOMS = {
     "_budget": "Budget",
     "_cost": "measure",
     "_graph": "trace",
-    "_loop": "Progressive Round Stop iterate",
+    "_guard": "Guard",
+    "_loop": "iterate",
     "_plan": "LayerPlan Plan",
     "_measure": "profile",
     "_profile": "Profile",
     "_reconstruction": "reconstruction",
     "_repair": "repair",
+    "_rounds": "Progressive Round Stop",
     "_run_directory": "run",
     "_select": "Fraction MeanPlusStd Threshold select",
     "_sensitivity": "Sensitivity sensitivity",

@@ -75,7 +75,7 @@ class Budget:
             faults.append(
                 f'latency: expected a share below 1, or a time with its unit such as "12 ms", found {self.latency!r}'
             )
-        if not self._asked:
+        if not self.asked:
             faults.append("expected a target, found none; give parameters, flops, bytes or latency")
         for name in ("floor", "cap", "weights"):
             given: Any = getattr(self, name)
@@ -133,11 +133,12 @@ class Budget:
         return choice.made()
 
     @property
-    def _asked(self) -> dict[str, float | str]:
+    def asked(self) -> dict[str, float | str]:
+        """The targets that are given, by name."""
         return {name: value for name in _TARGETS if (value := getattr(self, name)) is not None}
 
     def __str__(self) -> str:
-        targets = (f"{name} {_text(name, value)}" for name, value in self._asked.items())
+        targets = (f"{name} {_text(name, value)}" for name, value in self.asked.items())
         return ", ".join(targets)
 
 
@@ -167,14 +168,14 @@ class _Choice:
         }
         self._prices = Prices(model, graph, flops=budget.flops is not None)
         self._own: dict[str, float] = {
-            name: self._priced(name, self._all_kept) for name in budget._asked if name != "latency"
+            name: self._priced(name, self._all_kept) for name in budget.asked if name != "latency"
         }
         if budget.latency is not None:
             self._latencies = Latencies(model, graph, LatencyTable(device_of(model), latencies))
             self._own["latency"] = self._latencies.whole
         if budget.flops is not None:
             self._own["flops"] = flops_of(model, graph.example)
-        self._targets = {name: _amount(value, self._own[name]) for name, value in budget._asked.items()}
+        self._targets = {name: amount(value, self._own[name]) for name, value in budget.asked.items()}
         self._scale = {name: own / (self._priced(name, self._all_kept) or 1.0) for name, own in self._own.items()}
 
     @property
@@ -185,7 +186,7 @@ class _Choice:
         best: tuple[float, Plan, dict[str, float]] | None = None
         timed: list[float] = []
         for _ in range(_CORRECTIONS):
-            plan, kept, notes = self._chosen()
+            plan, kept, notes = self._chosen(refuse=best is None)
             found, stayed = self._measured(plan)
             if stayed:  # what cannot be proved is left whole; without it, again
                 for group in {self._profile[name].group for name in stayed}:
@@ -210,11 +211,11 @@ class _Choice:
         worst, plan, found = best
         return Plan(plan.layers, plan.source, (*plan.notes, *self._said(found, worst)), plan.through_norms)
 
-    def _chosen(self) -> tuple[Plan, Kept, list[str]]:
-        """The plan for what things are thought to cost."""
+    def _chosen(self, *, refuse: bool) -> tuple[Plan, Kept, list[str]]:
+        """The plan for what things are thought to cost. refuse: whether to raise PlanError where that is too much."""
         budget, profile, notes = self._budget, self._profile, list[str]()
-        least, most = limits(budget.floor, budget.cap, profile)
-        widths = {name: layer.width for name, layer in profile.items()}
+        widths = profile.widths
+        least, most = limits(budget.floor, budget.cap, widths)
         queues = [
             Queue.of(values, places, widths, least, most, budget.multiple_of)
             for values, places in self._scored.values()
@@ -237,7 +238,7 @@ class _Choice:
             raise PlanError("no layer is left to choose from:\n  " + "\n  ".join(self._notes))
         counts, left = allot(queues, excess)
         kept = kept_after(counts)
-        if left > 1:
+        if left > 1 and refuse:
             self._refuse(kept)
         odd = [name for name, queue in zip(self._scored, queues, strict=True) if queue.odd]
         if odd:
@@ -325,12 +326,12 @@ def importance(scores: Floats, criterion: Criterion) -> Floats:
     return lost / (math.sqrt(np.square(lost).mean()) or 1.0)
 
 
-def limits(floor: PerLayer, cap: PerLayer | None, profile: Profile) -> tuple[dict[str, int], dict[str, int]]:
+def limits(floor: PerLayer, cap: PerLayer | None, widths: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
     """By layer, how many neurons must stay at least, and may at most."""
-    floors, caps = per_layer("floor", floor, profile, 0.0), per_layer("cap", cap or {}, profile, math.inf)
+    floors, caps = per_layer("floor", floor, widths, 0.0), per_layer("cap", cap or {}, widths, math.inf)
     least, most, faults = dict[str, int](), dict[str, int](), list[str]()
-    for name, layer in profile.items():
-        width, low, high = layer.width, floors[name], caps[name]
+    for name, width in widths.items():
+        low, high = floors[name], caps[name]
         least[name] = min(max(1, math.ceil(low * width - 1e-9 if low < 1 else low)), width)
         most[name] = max(1, math.floor(high * width + 1e-9)) if high < 1 else int(min(high, width))
         if least[name] > most[name]:
@@ -378,7 +379,7 @@ def _is_latency(value: Any) -> bool:
     return _positive(value) and value < 1
 
 
-def _amount(value: float | str, own: float) -> float:
+def amount(value: float | str, own: float) -> float:
     """A target in the unit of what is counted. own: what the model has."""
     if isinstance(value, str):
         found = _SECONDS.fullmatch(value.strip())

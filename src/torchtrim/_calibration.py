@@ -29,23 +29,40 @@ class Calibration:
         self._batches = batches
         self._call = forward or usual_call
         self._number = 0
+        self._calls: dict[nn.Module, int] = {}
 
     def __iter__(self) -> Iterator[Any]:
         self._number = 0
+        self._calls.clear()
         for self._number, batch in enumerate(self._batches, 1):  # noqa: B020
             yield batch
         if not self._number:
             raise ProfileError("expected at least one batch, found none; look at what the loader yields")
 
     def run(self, model: nn.Module, batch: Any, listeners: Mapping[nn.Module, Listener]) -> None:
-        """Call a model, without gradients; each listener hears every call of its module."""
+        """Call a model, without gradients; each listener hears every call of its module.
+
+        What follows the last of these calls is left out, if the first batch of the pass called all of the modules: a
+        call ends once as many calls were heard.
+        """
         inputs = moved(batch, device_of(model))
+        heard: list[nn.Module] = []
+        enough = self._calls.get(model, 0)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> None:
+            listeners[module](args[0] if args else kwargs["input"], outputs)
+            heard.append(module)
+            if len(heard) == enough:
+                raise _Enough
+
         with ExitStack() as handles:
-            for module, listener in listeners.items():
-                handles.enter_context(module.register_forward_hook(_hook(listener), with_kwargs=True))
+            for module in listeners:
+                handles.enter_context(module.register_forward_hook(hook, with_kwargs=True))
             try:
                 with torch.no_grad():
                     self._call(model, inputs)
+            except _Enough:
+                pass
             except TorchtrimError:
                 raise
             except Exception as error:
@@ -54,6 +71,11 @@ class Calibration:
                     f"{type(model).__name__} cannot run on batch {self._number}: {type(error).__name__}: {first}; to "
                     "call it otherwise, pass forward=lambda model, batch: ..."
                 ) from error
+        self._calls.setdefault(model, len(heard) if set(heard) == set(listeners) else 0)
+
+
+class _Enough(BaseException):
+    """All that is wanted was heard. Not an Exception, so that nothing on the way takes it for one of its own."""
 
 
 @contextmanager
@@ -67,10 +89,3 @@ def as_found(*models: nn.Module) -> Generator[None]:
             stack.callback(setattr, module, "__class__", nn.MultiheadAttention)
             module.__class__ = MultiheadAttention
         yield
-
-
-def _hook(listener: Listener) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> None:
-        listener(args[0] if args else kwargs["input"], outputs)
-
-    return hook

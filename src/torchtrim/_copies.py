@@ -34,20 +34,25 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
         if id(module) not in seen:
             seen.add(id(module))
             found[name] = module
-            inside = f"{name}." if name else ""
-            children = [(inside + key, child) for key, child in module._modules.items() if child is not None]
-            waiting += reversed(children)
+            if module._modules:
+                inside = f"{name}." if name else ""
+                children = [(inside + key, child) for key, child in module._modules.items() if child is not None]
+                waiting += reversed(children)
     return found
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every distinct parameter, then every distinct buffer, once, under its first name."""
-    modules = named_modules(model)
+    return tensors_of(named_modules(model))
+
+
+def tensors_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """As `named_tensors`, of these modules."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for kind in ("_parameters", "_buffers"):
         for name, module in modules.items():
-            for key, tensor in vars(module)[kind].items():
+            for key, tensor in module.__dict__[kind].items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     found[f"{name}.{key}" if name else key] = tensor
@@ -57,16 +62,20 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def rebuild(model: nn.Module, replace: Mapping[str, Tensor]) -> nn.Module:
     """A deep copy of the model in which the named parameters and buffers are other tensors."""
     memo: dict[int, Any] = {}
-    modules = modules_of(model)
-    for value in (value for module in modules for value in vars(module).values() if type(value) not in _ATOMIC):
+    names = named_modules(model)
+    modules = list(names.values())
+    for value in (value for module in modules for name, value in vars(module).items() if name not in _OF_MODULES):
+        if type(value) in _ATOMIC:
+            continue
         several: Any = value.values() if type(value) is dict else value if isinstance(value, (list, tuple)) else [value]
         for one in several:
             if isinstance(one, Tensor) and not one.is_leaf:  # deepcopy refuses what a graph produced
                 memo[id(one)] = one.detach().clone()
-    for name, old in named_tensors(model).items():
+    for name, old in tensors_of(names).items():
         new = replace[name]
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-        vars(memo[id(old)]).update(vars(old))  # marks that users leave on parameters, such as `no_weight_decay`
+        if marks := vars(old):  # that users leave on parameters, such as `no_weight_decay`
+            vars(memo[id(old)]).update(marks)
     return _copied(model, modules, memo)
 
 
@@ -121,6 +130,8 @@ def _is_device(key: Any) -> bool:
         return False
 
 
+# The dictionaries in which PyTorch keeps what belongs to a module, and its hooks.
+_OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
 # What `copy.deepcopy` hands on as it is.
 _ATOMIC = frozenset([bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType,
                      torch.dtype, torch.device, torch.Size])  # fmt: skip
@@ -133,27 +144,32 @@ def _copied(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int, Any]
         memo[id(module)] = object.__new__(type(module))
     for module in plain:
         new = vars(memo[id(module)])
-        for name, value in vars(module).items():
-            if name != "_compiled_call_impl":  # `torch.compile` left it; PyTorch's own copies go without it too
-                new[name] = value if type(value) in _ATOMIC else _copy_of(value, memo)
+        new.update(vars(module))
+        new.pop("_compiled_call_impl", None)  # `torch.compile` left it; PyTorch's own copies go without it too
+        for name, value in new.items():
+            kind = type(value)
+            if kind is OrderedDict and not value:  # its hooks
+                new[name] = kind()
+            elif kind not in _ATOMIC:
+                new[name] = _copy_of(value, memo)
     return copy.deepcopy(model, memo)
 
 
 def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
     """`copy.deepcopy` of a value, quickly where it is a plain container."""
     kind = type(value)
-    if kind in _ATOMIC:
-        return value
+    if kind in (OrderedDict, set) and not value:
+        return kind()
     if id(value) in memo:
         return memo[id(value)]
     if kind is dict:
         new = memo[id(value)] = {}
-        new.update((_copy_of(key, memo), _copy_of(one, memo)) for key, one in value.items())
+        for key, one in value.items():
+            place = key if type(key) in _ATOMIC else _copy_of(key, memo)
+            new[place] = one if type(one) in _ATOMIC else _copy_of(one, memo)
         return new
     if kind is tuple and _ATOMIC.issuperset(map(type, value)):
         return value
-    if kind in (OrderedDict, set) and not value:
-        return kind()
     return copy.deepcopy(value, memo)
 
 

@@ -22,7 +22,7 @@ from torchtrim._flow import Flow
 from torchtrim._labels import Atoms, Labels, Ledger
 from torchtrim._neurons import Layer, Mixture, NeuronGraph, group_of, memory_of
 from torchtrim._proof import numbered, on_device
-from torchtrim._run import RunError, run
+from torchtrim._run import RunError, run, uncollected
 from torchtrim._surgery_attributes import descriptions
 from torchtrim._trial import tried
 from torchtrim.errors import TraceError
@@ -45,6 +45,7 @@ def trace(model: nn.Module, example: Any, *, through_norms: bool = False, expert
     return graph if graph.certain else tried(model, graph)
 
 
+@uncollected()
 def untried(model: nn.Module, example: Any, *, through_norms: bool = False, experts: bool = False) -> NeuronGraph:
     """As `trace`, of which the labels are right, but not all that looks free need be: nothing has been cut yet."""
     sources = named_tensors(model)

@@ -1,154 +1,44 @@
-"""The jobs behind the command line: measure a model, or trim it round by round into a run directory.
+"""The job of `torchtrim run`: trim a model round by round into a run directory.
 
 What is sure to fail fails first: names, data, how they fit, the layers, and the directory are looked at before
 anything is trained.
 """
 
-import os
-import shlex
 import shutil
 import sys
 import textwrap
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from torchtrim import criteria
 from torchtrim._cost import measure
 from torchtrim._data import batches
-from torchtrim._files import write_whole
 from torchtrim._graph import trace
-from torchtrim._loop import Progressive, Round, Stop, iterate
-from torchtrim._measure import profile
-from torchtrim._picture import picture
-from torchtrim._profile import Profile
-from torchtrim._reconstruction import reconstruction
-from torchtrim._report import Ancestor, RoundTable, advice, classes_table, profile_table, says_nothing
+from torchtrim._guard import Attempt
+from torchtrim._loop import iterate
+from torchtrim._measuring import Watched
+from torchtrim._report import Ancestor, RoundTable
+from torchtrim._rounds import Progressive, Round
 from torchtrim._run_directory import RunDirectory
-from torchtrim._select import MeanPlusStd, Rule, check_layers
+from torchtrim._select import check_layers
 from torchtrim._settings import Settings
-from torchtrim._source import Opened, Source, open_source
-from torchtrim._training import Training, evaluate, shown, train
+from torchtrim._source import Opened, open_source
+from torchtrim._training import evaluate, train
 from torchtrim._unmeasured import unmeasured
-from torchtrim.errors import ModelError, StoreError, TorchtrimWarning
+from torchtrim._words import REPORTS, closing, heading, place_of, rolled_back, write_report
+from torchtrim.errors import ModelError
 
 LATENCY_BATCH = 32  # inputs of the batch whose latency is measured
-_PICTURE, _PAGE = _REPORTS = ("report.png", "report.md")
 
 Say = Callable[[str], None]
-
-
-def silence(
-    source: Source,
-    rule: Rule,
-    criterion: str,
-    reading: Training,
-    progress: Progress,
-    out: Path | None,
-    *,
-    through_norms: bool = False,
-    resume: bool = False,
-    plot: Path | None = None,
-    per_class: bool = False,
-) -> Iterator[Any]:
-    """Measure a model over the calibration data, and keep the profile in the file `out`; yields what to print.
-
-    `reading` says how the data are read. With `resume`, an interrupted pass goes on from what the file holds. `plot`:
-    where pictures go.
-    Raises TorchtrimError, before any work if what is asked cannot be done; KeyboardInterrupt at the end where one came.
-    """
-    criteria.resolve(criterion)
-    if resume and out is None:
-        raise StoreError("expected --resume with --out FILE, the file of the pass that goes on; found it alone")
-    if out is not None:
-        _check_profile_file(out)
-    if plot is not None:
-        _check_place(plot, "--plot")
-    opened = open_source(source, through_norms=through_norms)
-    check_layers(unmeasured(opened.model, opened.graph), None)
-    if source.untrained:
-        warnings.warn(
-            f"{source.model} comes untrained, so that its silence says little; name its weights (--weights)",
-            TorchtrimWarning,
-            stacklevel=2,
-        )
-    loader = batches(opened.data.calibration, reading.batch_size, workers=reading.workers)
-    if out is not None and not resume:
-        out.unlink(missing_ok=True)
-    measured = profile(
-        opened.model, loader, through_norms=through_norms, checkpoint=out, progress=progress, classes=per_class
-    )
-    function = criteria.resolve(criterion)
-    if function is criteria.reconstruction:
-        if measured.partial:
-            yield str(measured)
-            raise KeyboardInterrupt  # the criterion wants all data once more
-        function = reconstruction(opened.model, opened.graph, _Watched(loader, progress, "measuring"))
-    yield profile_table(measured, rule, function)
-    if per_class:
-        yield classes_table(measured)
-    yield "\n".join(advice(measured, rule, function))
-    if out is not None:
-        yield f"The profile is in {short(out)}."
-    if plot is not None:
-        yield f"Drawn: {', '.join(short(place) for place in _plotted(measured, plot))}."
-    if measured.partial:
-        raise KeyboardInterrupt
-    yield f"Next: {_next_run(source, measured, rule, criterion)}"
-
-
-def _plotted(measured: Profile, plot: Path) -> Iterator[Path]:
-    """Draw what was measured, by class too where it was: of the layer to begin with."""
-    measured.plot(plot)
-    yield plot
-    first = [name for name in Progressive(1).choose(measured, ()) if measured.classes]
-    for name in first:
-        place = plot.with_name(f"{plot.stem}-by-class{plot.suffix}")
-        measured.plot(place, layer=name)
-        yield place
-
-
-def _check_profile_file(out: Path) -> None:
-    _check_place(out, "--out")
-    if out.exists():
-        Profile.load(out)  # anything else is not ours to replace
-
-
-def _check_place(path: Path, option: str) -> None:
-    if path.is_dir():
-        raise StoreError(f"{path}: expected a file to write into, found a directory; add a name to {option}")
-    if not path.exists() and (not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise StoreError(
-            f"{path}: expected a place in a directory that exists and can be written; choose another {option}"
-        )
-
-
-def _next_run(source: Source, measured: Profile, rule: Rule, criterion: str) -> str:
-    asked = ["--train-epochs", "4"] if source.untrained else []
-    criterion = "contribution" if says_nothing(measured, criterion) else criterion
-    asked += ["--rule", str(rule)] if str(rule) != str(MeanPlusStd()) else []
-    asked += ["--criterion", criterion] if criterion != "apoz" else []
-    asked += ["--through-norms"] if measured.through_norms else []
-    return _command("run", source, *asked, "--layers", ",".join(Progressive().choose(measured, ())))
-
-
-def _command(verb: str, source: Source, *more: str) -> str:
-    """A command line about this source, as one would type it."""
-    words = ["torchtrim", verb, source.model, "--data", source.data]
-    for option in fields(source)[2:]:
-        value = getattr(source, option.name)
-        if value != option.default:
-            words += [f"--{option.name}", str(value)]
-    return shlex.join([*words, *more])
 
 
 def run(
@@ -171,23 +61,23 @@ def run(
         settings.out, settings.described(), asdict(settings.stop), resume=resume, overwrite=overwrite
     ) as directory:
         if not resume:
-            for name in _REPORTS:
+            for name in REPORTS:
                 (settings.out / name).unlink(missing_ok=True)  # of the run that was replaced
         return _trim_all(settings, opened, directory, say, progress)
 
 
 def _trim_all(settings: Settings, opened: Opened, directory: RunDirectory, say: Say, progress: Progress) -> list[Round]:
-    say(_heading(settings, opened))
+    say(heading(settings, opened))
     trimming = _Trimming(settings, opened, directory, progress)
     table = trimming.table()
     for text in (textwrap.fill(table.caption, 100), "", table.line(table.titles), table.line(table.first)):
         say(text)
     rounds: list[Round] = []
-    for done in trimming.rounds():
+    for done in trimming.rounds(lambda attempt: say(rolled_back(attempt))):
         rounds.append(done)
         say(table.line(table.cells(done)))
-    _write_report(settings, table, rounds, float(directory.facts["accuracy"]))
-    say(_closing(settings, rounds, 0 < len(rounds) == trimming.earlier))
+    write_report(settings, table, rounds, directory.closed, float(directory.facts["accuracy"]))
+    say(closing(settings, rounds, directory.closed, complete=trimming.complete))
     return rounds
 
 
@@ -200,7 +90,7 @@ class _Trimming:
         self._directory = directory
         self._progress = progress
         self._number = 1  # of the round in progress
-        self.earlier = 0  # rounds that were there already
+        self.complete = False  # whether an earlier run has left nothing to do
         self._example = torch.zeros(LATENCY_BATCH, *opened.data.shape)
         self._ancestor = self._kept_ancestor()
 
@@ -215,23 +105,35 @@ class _Trimming:
             [name for name in widths if any(fnmatchcase(name, pattern) for pattern in patterns)],
             batch=LATENCY_BATCH,
             columns=shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else None,
-            device=_place(self._opened.device),
+            device=place_of(self._opened.device),
         )
 
-    def rounds(self) -> Iterator[Round]:
-        settings, data = self._settings, self._opened.data
-        done = self._directory.rounds(self._opened.fresh())
+    def rounds(self, rejected: Callable[[Attempt], None]) -> Iterator[Round]:
+        """All rounds; what the guard rolls back is told to `rejected`, ahead of the round that holds."""
+        settings, data, directory = self._settings, self._opened.data, self._directory
+        done = directory.rounds(self._opened.fresh())
         for one in done:
             one.model.to(self._opened.device)
+            for attempt in one.rejected:
+                rejected(attempt)
             yield one
-        self.earlier = len(done)
-        self._number += self.earlier
+        for attempt in directory.closed:
+            rejected(attempt)
+        if directory.closed:
+            self.complete = True
+            return
+        self._number += len(done)
+
+        def reject(attempt: Attempt) -> None:
+            directory.reject(attempt)
+            rejected(attempt)
+
         reading = settings.retraining
         loader = batches(data.calibration, reading.batch_size, workers=reading.workers)
         new = iterate(
             self._ancestor,
             self._example,
-            _Watched(loader, self._progress, "measuring"),
+            Watched(loader, self._progress, "measuring"),
             retrain=self._retrain,
             evaluate=lambda model: self._evaluate(model, data.calibration),
             test=lambda model: self._evaluate(model, data.test),
@@ -241,12 +143,16 @@ class _Trimming:
             criterion=settings.criterion,
             through_norms=settings.through_norms,
             repair=settings.repair or None,
+            guard=settings.guard,
+            on_rejected=reject,
+            zero_tolerance=settings.zero_tolerance,
             seed=settings.source.seed,
             done=done,
         )
-        for one in self._directory.record(new):
+        for one in directory.record(new):
             yield one
             self._number += 1
+        self.complete = 0 < len(done) == self._number - 1 and not directory.closed
 
     def _kept_ancestor(self) -> nn.Module:
         """The ancestor that an earlier run left, or a new one."""
@@ -264,9 +170,15 @@ class _Trimming:
 
     def _retrain(self, model: nn.Module) -> None:
         seed = torch.initial_seed()  # the loop's, for this round
-        label = f"round {self._number}: retraining"
         train(
-            model, self._opened.data.train, self._settings.retraining, seed=seed, progress=self._progress, label=label
+            model,
+            self._opened.data.train,
+            self._settings.retraining,
+            seed=seed,
+            teacher=self._ancestor,
+            calibration=self._opened.data.calibration,
+            progress=self._progress,
+            label=f"round {self._number}: retraining",
         )
 
     def _evaluate(self, model: nn.Module, dataset: Dataset[Any]) -> float:
@@ -276,103 +188,3 @@ class _Trimming:
     def _reading(self) -> dict[str, int]:
         training = self._settings.retraining
         return {"batch_size": training.batch_size, "workers": training.workers}
-
-
-class _Watched(Iterable[Any]):
-    """A loader whose reading is shown; it can be read once a round."""
-
-    def __init__(self, loader: DataLoader[Any], progress: Progress, label: str) -> None:
-        self._loader = loader
-        self._progress = progress
-        self._label = label
-
-    def __iter__(self) -> Iterator[Any]:
-        with shown(self._progress, self._label, len(self._loader)) as show:
-            for batch in self._loader:
-                yield batch
-                show("")
-
-
-# What is said and written -------------------------------------------------------------------------------
-
-
-def short(path: Path) -> str:
-    """The path as seen from the working directory, where it lies within."""
-    absolute, here = path.absolute(), Path.cwd()
-    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else path)
-
-
-def _place(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"the GPU, {torch.cuda.get_device_name(device)}"
-    threads = torch.get_num_threads()
-    return f"the CPU, with {threads} thread{'s' * (threads != 1)}"
-
-
-def _heading(settings: Settings, opened: Opened) -> str:
-    data, layers = opened.data, settings.layers
-    sizes = [len(part) for part in (data.train, data.calibration, data.test)]  # pyright: ignore[reportArgumentType]
-    if isinstance(layers, Progressive):
-        named = f"the {layers.start} most silent layers, then their neighbours,"
-    else:
-        named = ", ".join(layers or ["every layer that can be trimmed"])
-    repaired = f", repairs by {' and '.join(settings.repair)}" if settings.repair else ""
-    return (
-        f"{settings.source.model} on {settings.source.data}: {sizes[0]:,} examples to train, {sizes[1]:,} to decide "
-        f"on, {sizes[2]:,} to test\n"
-        f"trims {named} by {settings.criterion}, {settings.rule}{repaired}\n"
-    )
-
-
-def _write_report(settings: Settings, table: RoundTable, rounds: Sequence[Round], accuracy: float) -> None:
-    """`report.md`, and `report.png` where it can be drawn."""
-    title = f"{settings.source.model} on {settings.source.data}"
-    drawn = picture(rounds, accuracy, rule=settings.rule, criterion=settings.criterion, title=title)
-    parts = [f"# {title}", f"Trimmed by {settings.criterion}, {settings.rule}.", table.markdown(rounds)]
-    parts.append("\n".join(f"{done.number}. {_changes(done)}" for done in rounds))
-    if drawn is not None:
-        write_whole(settings.out / _PICTURE, drawn)
-        parts.append(f"![APoZ by layer and round; accuracy against compression]({_PICTURE})")
-    write_whole(settings.out / _PAGE, "\n\n".join(parts) + "\n")
-
-
-def _changes(done: Round) -> str:
-    """What a round removed: `conv2 50 → 43, fc1 500 → 388`."""
-    return ", ".join(
-        f"{name} {layer.width} → {layer.remaining}" for name, layer in done.plan.layers.items() if layer.removed
-    )
-
-
-def best(rounds: Sequence[Round], stop: Stop) -> Round | None:
-    """The last round that keeps the smallest accuracy."""
-    kept = [done for done in rounds if stop.accuracy is None or done.accuracy.retrained >= stop.accuracy]
-    return kept[-1] if kept else None
-
-
-def _closing(settings: Settings, rounds: Sequence[Round], complete: bool) -> str:
-    lines = ["", *(["The run was complete; nothing was left to do."] * complete)]
-    if not rounds or not settings.stop.reached(rounds[-1]):
-        lines.append("The rule removes nothing more; a lower limit or other layers would.")
-    chosen = best(rounds, settings.stop)
-    if rounds and chosen is not rounds[-1]:
-        lines.append(f"Round {rounds[-1].number} fell below the smallest accuracy, {settings.stop.accuracy} %.")
-    out = short(settings.out)
-    lines += [
-        f"Written to {out}:",
-        *(["  report.png       the neurons' silence by round, accuracy against compression"] * _drawn(settings)),
-        "  report.md        this table",
-        "  metrics.json     all figures",
-        "  round-NN/        plan, profile and model of each round",
-    ]
-    if chosen is not None:
-        model = Path(out) / f"round-{chosen.number:02d}" / "model.safetensors"
-        lines += [
-            "Next:",
-            f'  model = torchtrim.load(YourModel(), "{model}")',
-            "  " + _command("profile", replace(settings.source, weights=str(model))),
-        ]
-    return "\n".join(lines)
-
-
-def _drawn(settings: Settings) -> bool:
-    return (settings.out / _PICTURE).is_file()

@@ -3,144 +3,37 @@
 `iterate` is a generator of rounds; whoever draws from it decides what to keep. Hu et al., "Network Trimming", 2016.
 """
 
-import math
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
 from torchtrim import criteria
-from torchtrim._cost import Cost, measure_beside
+from torchtrim._budget import Budget
+from torchtrim._cost import measure, measure_beside
 from torchtrim._forward import Forward
 from torchtrim._graph import trace
+from torchtrim._guard import Accuracy, Attempt, Guard, checked_guard, fell, none_holds, part_of, smaller_plans
 from torchtrim._history import history
 from torchtrim._measure import profile
 from torchtrim._plan import Plan
 from torchtrim._profile import Profile
 from torchtrim._reconstruction import reconstruction
 from torchtrim._repair import Ways, checked_ways, repair
+from torchtrim._rounds import Progressive, Round, Stop
+from torchtrim._schedule import budget_of_round
 from torchtrim._select import Rule, check_layers, resolve_rule, select
 from torchtrim._surgery import trim
 from torchtrim._unmeasured import unmeasured
 from torchtrim.criteria import Criterion
-from torchtrim.errors import TorchtrimError
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """What `evaluate` said of the model before the round, after trimming (and repair), and after retraining."""
-
-    before: float
-    trimmed: float
-    retrained: float
-
-
-@dataclass(frozen=True, eq=False)
-class Round:
-    """One pass through the loop.
-
-    number: from 1. model: the trimmed and retrained model. layers: those the plan could choose from.
-    plan: what was removed. profile: what it was decided on. cost, ancestor: of the model and of the loop's first
-    model, timed side by side. accuracy: by `evaluate`, which decides. test: by `test`, which is only reported.
-    seconds: what each step took.
-    """
-
-    number: int
-    model: nn.Module
-    layers: tuple[str, ...]
-    plan: Plan
-    profile: Profile
-    cost: Cost
-    ancestor: Cost
-    accuracy: Accuracy
-    test: Accuracy | None
-    seconds: Mapping[str, float]
-
-    @property
-    def compression(self) -> float:
-        """Parameters of the ancestor over parameters left."""
-        return self.ancestor.parameters / self.cost.parameters
-
-    @property
-    def speedup(self) -> float:
-        """Latency of the ancestor over latency now."""
-        return self.ancestor.latency / self.cost.latency
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """Neurons of every layer after the round."""
-        kept = {name: layer.remaining for name, layer in self.plan.layers.items()}
-        return self.profile.widths | kept
-
-
-@dataclass(frozen=True)
-class Stop:
-    """When the loop ends: after so many rounds, at this compression, or below this accuracy after retraining.
-
-    Whichever comes first; the loop also ends when the rule removes nothing. The round that reaches a limit is still
-    yielded, so that one that fell below the accuracy can be looked at. accuracy is in the unit of `evaluate`.
-    """
-
-    rounds: int | None = None
-    compression: float | None = None
-    accuracy: float | None = None
-
-    def __post_init__(self) -> None:
-        rounds, compression, accuracy = self.rounds, self.compression, self.accuracy
-        fitting = (
-            ("rounds", "a whole number of at least 1", rounds, rounds is None or (rounds == int(rounds) >= 1)),
-            ("compression", "above 1", compression, compression is None or compression > 1),
-            ("accuracy", "a finite number", accuracy, accuracy is None or math.isfinite(accuracy)),
-        )
-        faults = [f"{name} must be {expected}, found {value!r}" for name, expected, value, fits in fitting if not fits]
-        if self.rounds is self.compression is self.accuracy is None:
-            faults.append("expected at least one of rounds, compression, accuracy, found none")
-        if faults:
-            raise TorchtrimError("Stop: " + "; ".join(faults))
-
-    def reached(self, done: Round) -> bool:
-        """Whether the loop ends with this round."""
-        return (
-            (self.rounds is not None and done.number >= self.rounds)
-            or (self.compression is not None and done.compression >= self.compression)
-            or (self.accuracy is not None and done.accuracy.retrained < self.accuracy)
-        )
-
-
-@dataclass(frozen=True)
-class Progressive:
-    """Which layers each round trims, as in the paper: first those of highest mean APoZ, then their neighbours too.
-
-    start: how many layers the first round trims. Neighbours are the layers before and after in order of execution.
-    Hu et al., "Network Trimming", 2016, sections 2.3 and 3.
-    """
-
-    start: int = 2
-
-    def __post_init__(self) -> None:
-        if self.start < 1:
-            raise TorchtrimError(f"Progressive: expected a start of at least 1, found {self.start!r}")
-
-    def choose(self, measured: Profile, before: Sequence[str]) -> tuple[str, ...]:
-        """The layers of the next round, after one that trimmed the layers `before`."""
-        able = [
-            name
-            for name, layer in measured.items()
-            if name == layer.group and layer.locked is None and layer.positions.any()
-        ]
-        if not before:
-            silent = sorted(able, key=lambda name: -float(np.nanmean(measured[name].apoz)))
-            return tuple(name for name in able if name in silent[: self.start])
-        trimmed = {able.index(name) for name in before if name in able}
-        near = {place + step for place in trimmed for step in (-1, 0, 1)}
-        return tuple(name for place, name in enumerate(able) if place in near)
-
+from torchtrim.errors import TorchtrimError, TorchtrimWarning
 
 Retrain = Callable[[nn.Module], Any]
 Evaluate = Callable[[nn.Module], float]
@@ -153,7 +46,7 @@ def iterate(
     *,
     retrain: Retrain,
     evaluate: Evaluate,
-    rule: Rule | str,
+    rule: Rule | Budget | str,
     stop: Stop,
     layers: Sequence[str] | Progressive | None = None,
     criterion: Criterion | str = criteria.apoz,
@@ -163,33 +56,57 @@ def iterate(
     done: Sequence[Round] = (),
     through_norms: bool = False,
     repair: Ways | None = None,
+    guard: Guard | float | None = None,
+    on_rejected: Callable[[Attempt], Any] | None = None,
+    zero_tolerance: float = 0.0,
 ) -> Iterator[Round]:
     """Trim a model round by round; yields a `Round` after each. `model` itself is not changed.
 
     batches: data to measure on, held out of training, read once a round. retrain: trains the model it is given, in
     place. The global random state of PyTorch is seeded from `seed` and the round's number, for the round as a whole and
     for retraining anew, and restored.
-    evaluate: the accuracy that stop conditions look at; use data that is not the test set. test: an accuracy that
-    is only reported. layers: names or patterns, `Progressive(...)`, or None for all that can be trimmed.
-    done: rounds of an interrupted loop of the same arguments; it goes on after them, with the same result as without
-    the interruption. through_norms: as for `trace`. repair: how each trimmed model is repaired from `batches` before it
-    is retrained, as for `repair`; None: it is not.
+    evaluate: the accuracy that stop conditions look at; use data that is not the test set. test: an accuracy that is
+    only reported. rule: as for `select`, or a `Budget` of the ancestor, which is met in as many rounds as the stop has,
+    or in one, each of which cuts by the same factor; the loop ends there. layers: names or patterns,
+    `Progressive(...)`, or None for all that can be trimmed. done: rounds of an interrupted loop of the same arguments;
+    it goes on after them, with the same result as without the interruption. through_norms: as for `trace`. repair: how
+    each trimmed model is repaired from `batches` before it is retrained, as for `repair`; None: it is not. guard: which
+    rounds are rolled back and tried again with less, as `Guard` says; a number is its largest drop. on_rejected: called
+    with each attempt when it is rolled back; those of a round that holds at last are its `rejected` too. A loop of
+    which no round holds warns, with the figures. zero_tolerance: as for `profile`.
 
     Raises, before any work: TraceError when the model cannot run on the example, PlanError for unknown or locked
     layers, or when none can be trimmed. Surgery and measuring raise theirs.
     """
     graph = trace(model, example, through_norms=through_norms)
-    check_layers(unmeasured(model, graph), None if isinstance(layers, Progressive) else layers)
+    blank = unmeasured(model, graph)
+    check_layers(blank, None if isinstance(layers, Progressive) else layers)
     criteria.resolve(criterion)
     ways = None if repair is None else checked_ways(repair)
+    guard = checked_guard(guard)
     if isinstance(batches, Iterator):
         raise TorchtrimError(
             f"batches: expected data that can be read once a round, such as a list or a DataLoader, found the "
             f"iterator {type(batches).__name__}, which is used up after one"
         )
-    rule = resolve_rule(rule)
     settings = _Settings(
-        example, batches, retrain, evaluate, rule, stop, layers, criterion, test, forward, seed, through_norms, ways
+        example,
+        batches,
+        retrain,
+        evaluate,
+        rule if isinstance(rule, Budget) else resolve_rule(rule),
+        stop,
+        layers,
+        criterion,
+        test,
+        forward,
+        seed,
+        through_norms,
+        ways,
+        guard,
+        on_rejected,
+        zero_tolerance,
+        blank.widths,
     )
     return _rounds(model, settings, list(done))
 
@@ -200,7 +117,7 @@ class _Settings:
     batches: Iterable[Any]
     retrain: Retrain
     evaluate: Evaluate
-    rule: Rule
+    rule: Rule | Budget
     stop: Stop
     layers: Sequence[str] | Progressive | None
     criterion: Criterion | str
@@ -209,6 +126,26 @@ class _Settings:
     seed: int
     through_norms: bool
     repair: Ways | None
+    guard: Guard | None
+    on_rejected: Callable[[Attempt], Any] | None
+    zero_tolerance: float
+    widths: Mapping[str, int]  # of the ancestor
+
+    def profile(self, model: nn.Module) -> Profile:
+        return profile(
+            model,
+            self.batches,
+            self.forward,
+            through_norms=self.through_norms,
+            zero_tolerance=self.zero_tolerance,
+        )
+
+    def tested(self, model: nn.Module) -> float | None:
+        """What is only reported; what it draws at random is put aside, since nothing may depend on it."""
+        if self.test is None:
+            return None
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            return self.test(model)
 
 
 def _rounds(ancestor: nn.Module, settings: _Settings, done: list[Round]) -> Iterator[Round]:
@@ -223,11 +160,11 @@ def _rounds(ancestor: nn.Module, settings: _Settings, done: list[Round]) -> Iter
 
 
 def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Settings) -> Round | None:
-    """The next round, or None when the rule removes nothing."""
-    model = last.model if last else ancestor
+    """The next round, or None when the rule removes nothing or the guard lets none pass."""
+    model, guard = last.model if last else ancestor, settings.guard
     clock = _Clock()
     with clock("profile"):
-        measured = profile(model, settings.batches, settings.forward, through_norms=settings.through_norms)
+        measured = settings.profile(model)
         if measured.partial:
             raise KeyboardInterrupt
     with clock("select"):
@@ -236,12 +173,64 @@ def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Sett
         layers = _layers_left(settings.layers, measured, last)
         if layers is not None and not layers:
             return None
-        plan = select(measured, rule=settings.rule, layers=layers, criterion=_criterion(model, layers, settings))
-    if not plan.removed:
+        choose = _chooser(ancestor, last, number, measured, layers, settings)
+        plans = smaller_plans(choose, guard.retries if guard else 0)
+        plan = next(plans, None)
+    if plan is None:
         return None
     with clock("evaluate"):
         before = last.accuracy.retrained if last else settings.evaluate(model)
-        before_test = last.test.retrained if last and last.test else settings.test and settings.test(model)
+        before_test = last.test.retrained if last and last.test else settings.tested(model)
+    first = last.ancestor_accuracy if last else before
+    rejected: list[Attempt] = []
+    while plan is not None and (tried := _try(model, plan, number, settings, clock)) is not None:
+        accuracy = Accuracy(before, tried.trimmed, tried.retrained)
+        if guard is not None and fell(tried.retrained, first, guard.max_drop):
+            rejected.append(Attempt(number, tried.plan, accuracy, first - guard.max_drop))
+            del tried  # its model, before the next is made
+            if settings.on_rejected is not None:
+                settings.on_rejected(rejected[-1])
+            with clock("select"):
+                plan = next(plans, None)
+            continue
+        with clock("evaluate"):
+            retrained_test = settings.tested(tried.model)
+        with clock("measure"):
+            cost, ancestor_cost = measure_beside([tried.model, ancestor], settings.example)
+        test = None
+        if before_test is not None and tried.trimmed_test is not None and retrained_test is not None:
+            test = Accuracy(before_test, tried.trimmed_test, retrained_test)
+        return Round(
+            number,
+            tried.model,
+            tuple(tried.plan.layers),
+            tried.plan,
+            measured,
+            cost,
+            ancestor_cost,
+            accuracy,
+            test,
+            clock.seconds,
+            first,
+            tuple(rejected),
+        )
+    if rejected and last is None:
+        warnings.warn(none_holds(rejected), TorchtrimWarning, stacklevel=3)
+    return None
+
+
+class _Tried(NamedTuple):
+    """A model that was trimmed and retrained, the plan as it was carried out, and what was said of it."""
+
+    model: nn.Module
+    plan: Plan
+    trimmed: float
+    trimmed_test: float | None
+    retrained: float
+
+
+def _try(model: nn.Module, plan: Plan, number: int, settings: _Settings, clock: "_Clock") -> _Tried | None:
+    """Carry out a plan on a copy and retrain that; None where nothing of the plan can be carried out."""
     with clock("trim"):
         small = trim(model, plan, settings.example)
     if not (plan := history(small).plans[-1]).removed:
@@ -250,28 +239,39 @@ def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Sett
         with clock("repair"):
             small = repair(small, model, settings.example, settings.batches, settings.repair, forward=settings.forward)
     with clock("evaluate"):
-        trimmed, trimmed_test = settings.evaluate(small), settings.test and settings.test(small)
+        trimmed, trimmed_test = settings.evaluate(small), settings.tested(small)
     with clock("retrain"), _seeded(settings.seed, number):
         settings.retrain(small)
     with clock("evaluate"):
-        retrained, retrained_test = settings.evaluate(small), settings.test and settings.test(small)
-    with clock("measure"):
-        cost, first = measure_beside([small, ancestor], settings.example)
-    test = None
-    if before_test is not None and trimmed_test is not None and retrained_test is not None:
-        test = Accuracy(before_test, trimmed_test, retrained_test)
-    return Round(
-        number,
-        small,
-        tuple(plan.layers),
-        plan,
-        measured,
-        cost,
-        first,
-        Accuracy(before, trimmed, retrained),
-        test,
-        clock.seconds,
-    )
+        return _Tried(small, plan, trimmed, trimmed_test, settings.evaluate(small))
+
+
+def _chooser(
+    ancestor: nn.Module,
+    last: Round | None,
+    number: int,
+    measured: Profile,
+    layers: Sequence[str] | None,
+    settings: _Settings,
+) -> Callable[[int], Plan]:
+    """What gives the plan of a round, or a part of it, by the number by which it is divided."""
+    model, rule, example = last.model if last else ancestor, settings.rule, settings.example
+    criterion = _criterion(model, layers, settings)
+    if not isinstance(rule, Budget):
+        return lambda part: select(measured, rule=part_of(rule, part), layers=layers, criterion=criterion)
+    rounds = settings.stop.rounds or 1
+    whole = last.ancestor if last else measure(ancestor, example)
+    now = last.cost if last else whole
+    planned = partial(Budget.plan, model=model, example=example, profile=measured, criterion=criterion, layers=layers)
+    if number == 1 < rounds:
+        planned(rule)  # if it is out of reach, it says so now, and not after some rounds
+
+    def choose(part: int) -> Plan:
+        gone = min(number / rounds, 1)
+        budget = budget_of_round(rule, gone, whole, now, settings.widths, measured.widths, part=part)
+        return Plan({}) if budget is None else planned(budget)
+
+    return choose
 
 
 def _criterion(model: nn.Module, layers: Sequence[str] | None, settings: _Settings) -> Criterion:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from torchtrim import criteria
+from torchtrim._budget import Budget
 from torchtrim._drawing import BLUE, FAINT, INK, ORANGE, canvas, packed
-from torchtrim._loop import Round
+from torchtrim._rounds import Round
 from torchtrim._select import MeanPlusStd, Rule, Threshold
 from torchtrim.criteria import Criterion, Floats, LayerProfile
 from torchtrim.errors import TorchtrimWarning
@@ -27,7 +28,7 @@ def picture(
     rounds: Sequence[Round],
     ancestor_accuracy: float,
     *,
-    rule: Rule,
+    rule: Rule | Budget,
     criterion: Criterion | str = criteria.apoz,
     title: str = "",
 ) -> bytes | None:
@@ -75,7 +76,7 @@ def _spread(rounds: Sequence[Round], most: int) -> list[Round]:
     return [rounds[place] for place in places]
 
 
-def _limits(rule: Rule, criterion: Criterion | str) -> Any:
+def _limits(rule: Rule | Budget, criterion: Criterion | str) -> Any:
     """From a layer to the APoZ in per cent above which the rule removes, where there is one such limit."""
 
     def limit(layer: LayerProfile) -> float | None:
@@ -123,7 +124,8 @@ def _ridge(axes: Any, done: Round, name: str, base: float, scale: float, limit: 
     axes.stairs(base + scale * both, _BINS, baseline=base + scale * kept, fill=True, color=_REMOVED, linewidth=0)
     axes.stairs(base + scale * kept, _BINS, baseline=bottom, fill=True, color=_KEPT, linewidth=0)
     axes.axhline(base, color=FAINT, linewidth=0.6)
-    above = limit(layer) if name in done.plan.removed else None
+    whole = name in done.plan.removed and not done.rejected  # else less went than the rule says
+    above = limit(layer) if whole else None
     if above is not None and above <= 100:
         axes.plot([above, above], [base, base + 0.78], color=INK, linewidth=1, linestyle=(0, (3, 2)))
     plan = done.plan.layers.get(name)

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from torchtrim import criteria
 from torchtrim._cost import Cost
-from torchtrim._loop import Progressive, Round
 from torchtrim._plan import LayerPlan
 from torchtrim._profile import Profile
+from torchtrim._rounds import Progressive, Round
 from torchtrim._select import Rule, select
 from torchtrim._summary import SILENT, Row
 from torchtrim.criteria import Criterion, LayerProfile

@@ -2,7 +2,8 @@
 
 run.json              what was asked, and by which versions
 ancestor.safetensors  the model that the loop starts from
-round-01/             plan.json, profile.safetensors, model.safetensors, and metrics.json, which makes it count
+round-01/             a round; it counts once its numbers are there
+closed.json           the attempts of the round that the guard never let pass, which ends the loop
 metrics.json          the numbers of the ancestor and of all rounds, for people and scripts
 """
 
@@ -22,22 +23,30 @@ import torch
 from torch import nn
 
 from torchtrim import criteria
-from torchtrim._cost import Cost
+from torchtrim._budget import Budget
 from torchtrim._files import hold, is_partial, write_whole
 from torchtrim._forward import Forward
-from torchtrim._loop import Accuracy, Evaluate, Progressive, Retrain, Round, Stop, iterate
-from torchtrim._plan import Plan
-from torchtrim._profile import Profile
+from torchtrim._guard import Attempt, Guard, checked_guard, none_holds
+from torchtrim._loop import Evaluate, Retrain, iterate
 from torchtrim._repair import Ways, checked_ways
-from torchtrim._select import Rule
+from torchtrim._round_files import (
+    METRICS,
+    OF_ROUND,
+    VERSION,
+    attempts_from,
+    described,
+    read_json,
+    read_round,
+    write_round,
+)
+from torchtrim._rounds import Progressive, Round, Stop
+from torchtrim._select import Rule, resolve_rule
 from torchtrim._store import library_version, read_facts, read_model, write_model
 from torchtrim.criteria import Criterion
 from torchtrim.errors import PlanError, StoreError, TorchtrimWarning
 
 _FORMAT = "torchtrim-run"
-_VERSION = 1
-_RUN, _LOCK, _METRICS, _ANCESTOR = "run.json", "run.lock", "metrics.json", "ancestor.safetensors"
-_OF_ROUND = ("plan.json", "profile.safetensors", "model.safetensors", _METRICS)
+_RUN, _LOCK, _ANCESTOR, _CLOSED = "run.json", "run.lock", "ancestor.safetensors", "closed.json"
 
 
 def run(
@@ -48,7 +57,7 @@ def run(
     directory: str | Path,
     retrain: Retrain,
     evaluate: Evaluate,
-    rule: Rule,
+    rule: Rule | Budget | str,
     stop: Stop,
     layers: Sequence[str] | Progressive | None = None,
     criterion: Criterion | str = criteria.apoz,
@@ -56,6 +65,8 @@ def run(
     forward: Forward | None = None,
     seed: int = 0,
     repair: Ways | None = None,
+    guard: Guard | float | None = None,
+    zero_tolerance: float = 0.0,
     resume: bool = False,
     overwrite: bool = False,
 ) -> list[Round]:
@@ -67,12 +78,16 @@ def run(
     overwrite: drop the run that is there.
     Raises StoreError when the directory cannot be used, and what `iterate` raises.
     """
+    guard = checked_guard(guard)
     settings = {
-        "rule": _name(rule),
-        "layers": _name(layers) if isinstance(layers, Progressive) else layers and list(layers),
+        "rule": _name(rule if isinstance(rule, Budget) else resolve_rule(rule)),
+        "layers": _progressive(layers) if isinstance(layers, Progressive) else layers and list(layers),
         "criterion": _name(criteria.resolve(criterion)),
         "seed": seed,
         **({} if repair is None else {"repair": list(checked_ways(repair))}),
+        **({} if guard is None else {"guard": asdict(guard)}),
+        **({"steps": stop.rounds} if isinstance(rule, Budget) else {}),
+        **({"zero_tolerance": zero_tolerance} if zero_tolerance else {}),
     }
     with RunDirectory.open(directory, settings, asdict(stop), resume=resume, overwrite=overwrite) as kept:
         ancestor = kept.ancestor(model)
@@ -92,10 +107,15 @@ def run(
             seed=seed,
             done=done,
             repair=repair,
+            guard=guard,
+            on_rejected=kept.reject,
+            zero_tolerance=zero_tolerance,
         )
         if ancestor is None:
             kept.keep_ancestor(model, {})
-        return [*done, *kept.record(rounds)]
+        if kept.closed and not done:
+            warnings.warn(none_holds(kept.closed), TorchtrimWarning, stacklevel=2)
+        return [*done, *(() if kept.closed else kept.record(rounds))]
 
 
 class RunDirectory:
@@ -103,6 +123,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, release: Callable[[], None]) -> None:
         self.path = path
+        self._rejected: list[Attempt] = []  # of the round in progress
         self._release = weakref.finalize(self, release)  # should it be forgotten rather than closed
 
     @classmethod
@@ -139,9 +160,9 @@ class RunDirectory:
         return kept
 
     def _begin(self, asked: dict[str, Any], resume: bool, overwrite: bool) -> None:
-        before = _read_json(self.path / _RUN, _FORMAT) if (self.path / _RUN).exists() else None
+        before = read_json(self.path / _RUN, _FORMAT) if (self.path / _RUN).exists() else None
         used = (self.path / _ANCESTOR).exists() or any(
-            (place / _METRICS).exists() for place in _round_places(self.path).values()
+            (place / METRICS).exists() for place in _round_places(self.path).values()
         )
         if before is not None and used and not resume and not overwrite:
             whole = sum(1 for _ in _whole_rounds(self.path))
@@ -163,7 +184,7 @@ class RunDirectory:
                 TorchtrimWarning,
                 stacklevel=4,
             )
-        content = {"format": _FORMAT, "version": _VERSION, **asked, "versions": made}
+        content = {"format": _FORMAT, "version": VERSION, **asked, "versions": made}
         write_whole(self.path / _RUN, json.dumps(content, indent=2) + "\n")
         if (self.path / _ANCESTOR).exists():
             self._summarise()
@@ -172,12 +193,12 @@ class RunDirectory:
         """Remove what was half written, or all that a run wrote; the last round first, so that no gap can be left."""
         for _, place in sorted(_round_places(self.path).items(), reverse=True):
             if everything:
-                (place / _METRICS).unlink(missing_ok=True)
-            if not (place / _METRICS).exists():
-                _remove(place, _OF_ROUND)
+                (place / METRICS).unlink(missing_ok=True)
+            if not (place / METRICS).exists():
+                _remove(place, OF_ROUND)
                 if not any(place.iterdir()):
                     place.rmdir()
-        _remove(self.path, (_METRICS, _ANCESTOR) if everything else ())
+        _remove(self.path, (METRICS, _ANCESTOR, _CLOSED) if everything else ())
 
     def close(self) -> None:
         """Let other processes use the directory."""
@@ -215,25 +236,48 @@ class RunDirectory:
 
     def rounds(self, fresh: nn.Module) -> list[Round]:
         """The whole rounds, their models on a newly built ancestor. Raises StoreError: one is damaged or missing."""
-        return [_read_round(place, fresh) for place in _whole_rounds(self.path)]
+        found: list[Round] = []
+        for place in _whole_rounds(self.path):
+            found.append(read_round(place, fresh, found[0].ancestor_accuracy if found else None))
+        return found
+
+    @property
+    def closed(self) -> tuple[Attempt, ...]:
+        """The attempts of the round that the guard never let pass, where that has ended the loop."""
+        place = self.path / _CLOSED
+        if not place.exists():
+            return ()
+        try:
+            attempts = attempts_from(read_json(place, "torchtrim-closed")["rejected"])
+        except (KeyError, TypeError, PlanError) as error:
+            raise StoreError(f"{place}: expected attempts, found {error}; delete it and --resume") from error
+        later = attempts[0].number == sum(1 for _ in _whole_rounds(self.path)) + 1
+        return attempts if later else ()  # else rounds were deleted since
+
+    def reject(self, attempt: Attempt) -> None:
+        """Note an attempt that was rolled back; it is kept with its round, or when the loop ends without it."""
+        self._rejected.append(attempt)
 
     def record(self, rounds: Iterable[Round]) -> Iterator[Round]:
-        """Keep each round when it is done, then hand it on."""
+        """Keep each round when it is done, then hand it on; at the end, what the guard never let pass."""
+        self._rejected.clear()
         for done in rounds:
             place = self.path / f"round-{done.number:02}"
-            if (place / _METRICS).exists():
+            if (place / METRICS).exists():
                 raise StoreError(f"{place}: round {done.number} is there already; hand the rounds so far to the loop")
             with _changing(place):
                 place.mkdir(exist_ok=True)
-            write_whole(place / "plan.json", done.plan.to_json() + "\n")
-            done.profile.save(place / "profile.safetensors")
-            write_model(done.model, place / "model.safetensors", {})
-            write_whole(place / _METRICS, json.dumps(_metrics(done), indent=2) + "\n")
+            write_round(done, place)
+            self._rejected.clear()
             self._summarise()
             yield done
+        if self._rejected:
+            content = {"format": "torchtrim-closed", "version": VERSION, "rejected": described(self._rejected)}
+            write_whole(self.path / _CLOSED, json.dumps(content, indent=2) + "\n")
+            self._summarise()
 
     def _summarise(self) -> None:
-        rounds = [_read_json(place / _METRICS, "torchtrim-round") for place in _whole_rounds(self.path)]
+        rounds = [read_json(place / METRICS, "torchtrim-round") for place in _whole_rounds(self.path)]
         ancestor: dict[str, Any] = {"facts": self.facts}
         for first in rounds[:1]:
             ancestor |= {
@@ -242,60 +286,12 @@ class RunDirectory:
                 "accuracy": first["accuracy"]["before"],
                 "test": first["test"] and first["test"]["before"],
             }
-        content = {"format": "torchtrim-metrics", "version": _VERSION, "ancestor": ancestor, "rounds": rounds}
-        write_whole(self.path / _METRICS, json.dumps(content, indent=2) + "\n")
+        content = {"format": "torchtrim-metrics", "version": VERSION, "ancestor": ancestor, "rounds": rounds}
+        content |= {"closed": described(self.closed)} if self.closed else {}
+        write_whole(self.path / METRICS, json.dumps(content, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------ rounds
-
-
-def _metrics(done: Round) -> dict[str, Any]:
-    before, after = done.profile.widths, done.widths
-    return {
-        "format": "torchtrim-round",
-        "version": _VERSION,
-        "number": done.number,
-        "source": done.plan.source,
-        "layers": list(done.layers),
-        "widths": {name: [before[name], after[name]] for name in before},
-        "compression": done.compression,
-        "speedup": done.speedup,
-        "cost": asdict(done.cost),
-        "ancestor": asdict(done.ancestor),
-        "accuracy": _numbers(done.accuracy),
-        "test": done.test and _numbers(done.test),
-        "seconds": dict(done.seconds),
-    }
-
-
-def _numbers(accuracy: Accuracy) -> dict[str, float]:
-    """Functions that users write may return NumPy's numbers or PyTorch's."""
-    return {name: float(value) for name, value in vars(accuracy).items()}
-
-
-def _read_round(place: Path, fresh: nn.Module) -> Round:
-    content = _read_json(place / _METRICS, "torchtrim-round")
-    try:
-        plan = Plan.from_json((place / "plan.json").read_text(encoding="utf-8"))
-        profile = Profile.load(place / "profile.safetensors")
-        model, _ = read_model(fresh, place / "model.safetensors")
-        return Round(
-            content["number"],
-            model,
-            tuple(content["layers"]),
-            plan,
-            profile,
-            Cost(**content["cost"]),
-            Cost(**content["ancestor"]),
-            Accuracy(**content["accuracy"]),
-            Accuracy(**content["test"]) if content["test"] else None,
-            content["seconds"],
-        )
-    except (OSError, KeyError, TypeError, ValueError, PlanError) as error:
-        raise StoreError(
-            f"{place}: expected a whole round, found {type(error).__name__}: {error}; delete its metrics.json and "
-            "later rounds, then --resume computes them again"
-        ) from error
 
 
 def _round_places(directory: Path) -> dict[int, Path]:
@@ -305,7 +301,7 @@ def _round_places(directory: Path) -> dict[int, Path]:
 
 def _whole_rounds(directory: Path) -> Generator[Path]:
     """In order. Raises StoreError if one between is missing."""
-    whole = {number: place for number, place in _round_places(directory).items() if (place / _METRICS).exists()}
+    whole = {number: place for number, place in _round_places(directory).items() if (place / METRICS).exists()}
     for expected, number in enumerate(sorted(whole), 1):
         if number != expected:
             raise StoreError(
@@ -370,16 +366,6 @@ def _as_dict(value: Any) -> Any:
     return dict(value)
 
 
-def _read_json(path: Path, kind: str) -> dict[str, Any]:
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: expected a file that a run wrote, found: {error}; choose another --out") from error
-    if not isinstance(content, dict) or content.get("format") != kind or content.get("version") != _VERSION:
-        raise StoreError(f"{path}: expected {kind} of version {_VERSION}, found another file; choose another --out")
-    return content
-
-
 @contextmanager
 def _changing(place: Path) -> Generator[None]:
     try:
@@ -391,8 +377,13 @@ def _changing(place: Path) -> Generator[None]:
 def _remove(place: Path, names: Iterable[str]) -> None:
     """Remove these files, and what a killed process left of writing them."""
     for entry in place.iterdir():
-        if entry.name in names or any(is_partial(entry.name, name) for name in (*_OF_ROUND, _RUN, _ANCESTOR)):
+        if entry.name in names or any(is_partial(entry.name, name) for name in (*OF_ROUND, _RUN, _ANCESTOR, _CLOSED)):
             entry.unlink()
+
+
+def _progressive(layers: Progressive) -> str:
+    """As runs were written before there was a step, where there is none."""
+    return f"Progressive(start={layers.start})" if layers.step == 1 else repr(layers)
 
 
 def _name(chosen: Any) -> str:

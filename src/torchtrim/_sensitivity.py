@@ -23,7 +23,8 @@ from torchtrim._graph import trace
 from torchtrim._measure import profile as measured
 from torchtrim._neurons import NeuronGraph
 from torchtrim._profile import Profile
-from torchtrim._repair import Ways, checked_ways, repair
+from torchtrim._repair import Ways, checked_ways
+from torchtrim._repair import repair as mended
 from torchtrim._select import Fraction, observed_groups, select
 from torchtrim._sensitivity_picture import curves_picture
 from torchtrim._surgery import trim
@@ -139,7 +140,7 @@ def sensitivity(
     fractions: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     criterion: Criterion | str = criteria.apoz,
     layers: Sequence[str] | None = None,
-    repaired: Ways | None = None,
+    repair: Ways | None = None,
     forward: Forward | None = None,
     through_norms: bool = False,
     checkpoint: str | Path | None = None,
@@ -148,23 +149,23 @@ def sensitivity(
 
     example: as for `trim`. batches, forward: as for `profile` and `repair`. evaluate: the accuracy of a model, the
     higher the better. profile: what was measured of the model already, which spares a pass over the batches. criterion,
-    layers: as for `select`; a layer brings in those it is tied to. repaired: as `how` for `repair`, of every trimmed
-    model. through_norms: as for `trace`. checkpoint: a file that holds what was found so far; a call that finds it goes
-    on from there, such as after an interrupt.
+    layers: as for `select`; a layer brings in those it is tied to. repair: as for `iterate`, of every trimmed model.
+    through_norms: as for `trace`. checkpoint: a file that holds what was found so far; a call that finds it goes on
+    from there, such as after an interrupt.
 
     Raises PlanError: fractions that are none; layers that are unknown or locked. Raises ProfileError: batches that do
     not fit, an accuracy that is not finite. Raises StoreError: a checkpoint of another model, or asked otherwise.
     """
     rules = [Fraction(one) for one in fractions]
-    if repaired is not None:
-        checked_ways(repaired)
+    if repair is not None:
+        checked_ways(repair)
         Calibration(batches, forward)
     function = criteria.resolve(criterion)
     graph = example if isinstance(example, NeuronGraph) else trace(model, example, through_norms=through_norms)
     facts = {
         "model": digest_of(named_tensors(model)),
         "criterion": getattr(function, "__name__", type(function).__name__),
-        "repaired": repaired if repaired is None or isinstance(repaired, str) else list(repaired),
+        "repair": repair if repair is None or isinstance(repair, str) else list(repair),
         "through_norms": graph.through_norms,
     }
     before = _before(checkpoint, facts, tuple(fractions))
@@ -181,8 +182,8 @@ def sensitivity(
         for rule in rules[len(found[group]) :]:
             plan = select(profile, rule=rule, layers=[group], criterion=function)
             trimmed = trim(model, plan, graph)
-            if repaired is not None:
-                trimmed = repair(trimmed, model, graph, batches, repaired, forward=forward)
+            if repair is not None:
+                trimmed = mended(trimmed, model, graph, batches, repair, forward=forward)
             found[group] = (*found[group], _evaluated(evaluate, trimmed, f"{group} without {rule.p:.0%}"))
             if checkpoint is not None:
                 result().save(checkpoint)

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import Dataset
 
+from torchtrim._best_epoch import BestEpoch
 from torchtrim._data import batches
+from torchtrim._losses import cross_entropy, distillation, logits_of
 from torchtrim._progress import shown
+from torchtrim._training_state import gpus_of, modes_kept, own_forward, put_back, random_state, teaching
 from torchtrim.errors import TorchtrimError
 
 OptimizerName = Literal["adamw", "sgd"]
@@ -29,6 +32,9 @@ Precision = Literal["auto", "no", "bf16", "fp16"]
 _FITTING: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     *((name, "≥ 0", lambda x: 0 <= x < math.inf) for name in ("epochs", "lr", "weight_decay")),
     *((name, "≥ 0 and < 1", lambda x: 0 <= x < 1) for name in ("momentum", "label_smoothing")),
+    ("distill", "≥ 0 and ≤ 1", lambda x: 0 <= x <= 1),
+    ("temperature", "> 0", lambda x: 0 < x < math.inf),
+    ("patience", "None, or whole and ≥ 1", lambda x: x is None or (type(x) is int and x >= 1)),
     *((name, "whole and ≥ 0", lambda x: isinstance(x, int) and x >= 0) for name in ("shift", "workers")),
     ("seed", "whole, ≥ 0 and below 2³²", lambda x: isinstance(x, int) and 0 <= x < 2**32),
     ("batch_size", "whole and ≥ 1", lambda x: isinstance(x, int) and x >= 1),
@@ -36,7 +42,6 @@ _FITTING: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("schedule", "'onecycle' or 'cosine'", lambda x: x in get_args(ScheduleName)),
     ("mixed_precision", "'auto', 'no', 'bf16' or 'fp16'", lambda x: x in get_args(Precision)),
 )
-_AUXILIARY_WEIGHT = 0.3  # Szegedy et al., "Going deeper with convolutions", 2014, section 5
 _READ_EVERY = 20  # batches between two readings of the loss, as each one waits until a GPU has finished
 
 
@@ -52,6 +57,15 @@ class Training:
     mixed_precision  "auto" takes bfloat16 where the hardware computes in it, else float32
     shift            images [batch, channels, height, width] are moved by up to ± this many pixels
     workers          processes that read images; data in memory needs none
+    distill          share of the loss that is the distance to a teacher's outputs; the rest is the cross entropy
+    temperature      by which both outputs are softened for that
+    patience         epochs in a row without a better accuracy on the calibration data, after which training ends early
+                     and the best is restored; fewer than `epochs`, for it would end nothing
+    keep_best        restore the best without ending early
+
+    Accuracy on the calibration data is looked at before training, after every whole epoch, and at the end. The best
+    are the weights and the statistics of batch norms, of equal accuracies the last; they may be those of the beginning.
+    The first epoch of "onecycle", whose rate rises, can be worse than that: little patience then ends with it.
     """
 
     epochs: float = 4
@@ -67,6 +81,10 @@ class Training:
     shift: int = 2
     workers: int = 0
     seed: int = 0
+    distill: float = 0
+    temperature: float = 4
+    patience: int | None = None
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
         faults = [
@@ -74,8 +92,15 @@ class Training:
             for name, expected, fits in _FITTING
             if not fits(getattr(self, name))
         ]
+        if not faults and self.patience is not None and self.patience >= self.epochs:
+            faults.append(f"patience must be below epochs, {self.epochs:g}, found {self.patience}; train for longer")
         if faults:
             raise TorchtrimError("Training: " + "; ".join(faults))
+
+    @property
+    def looks_for_best(self) -> bool:
+        """Whether accuracy is looked at after each epoch."""
+        return self.keep_best or self.patience is not None
 
 
 def train(
@@ -84,16 +109,21 @@ def train(
     training: Training,
     *,
     seed: int | None = None,
+    teacher: nn.Module | None = None,
+    calibration: Dataset[Any] | None = None,
     progress: Progress | None = None,
     label: str = "training",
 ) -> None:
     """Train `model` in place, where it is, to classify `dataset`, which yields (input, label) pairs.
 
-    `seed` replaces `training.seed`. Modes, gradients and the random state are left as they were, and so are
-    frozen parameters.
+    `seed` replaces `training.seed`. teacher: the model that `distill` learns from; it is left as it is. calibration:
+    the data whose accuracy `patience` and `keep_best` look at. Modes, gradients and the random state are left as they
+    were, and so are frozen parameters. The optimizer is made anew.
 
-    Raises TorchtrimError: nothing to train, or a loss that is not finite (the weights are then spoilt).
+    Raises TorchtrimError: nothing to train, no teacher or no calibration data where they are asked for, or a loss that
+    is not finite (the weights are then spoilt).
     """
+    _check_helpers(model, training, teacher, calibration, label)
     seed = training.seed if seed is None else seed
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     examples = len(cast(Sized, dataset))
@@ -104,8 +134,9 @@ def train(
         )
     with (
         _accelerator(training, parameters[0].device) as accelerator,
-        _left_as_found(model, channels_last=training.channels_last),
-        _random_state(seed + accelerator.process_index, accelerator.device),
+        put_back(model, channels_last=training.channels_last),
+        random_state(seed + accelerator.process_index, accelerator.device),
+        teaching(teacher if training.distill else None, accelerator.device) as taught,
     ):
         loader = batches(
             dataset,
@@ -119,6 +150,19 @@ def train(
         wrapped, optimizer, loader = accelerator.prepare(model, _optimizer(parameters, training), loader)
         steps = round(training.epochs * len(loader)) or math.ceil(training.epochs)
         shifts = torch.Generator().manual_seed(seed + accelerator.process_index)
+        best = BestEpoch(model, training.patience) if training.looks_for_best else None
+
+        def look() -> bool:
+            """Whether training ends here."""
+            if best is None or calibration is None:
+                return False
+            with own_forward(model), torch.random.fork_rng(gpus_of(accelerator.device)):
+                found = evaluate(model, calibration, batch_size=training.batch_size, workers=training.workers)
+            if accelerator.num_processes > 1:  # each has batch norms of its own, and all must end together
+                found = accelerator.reduce(torch.tensor(found, device=accelerator.device), "mean").item()
+            return best.look(found)
+
+        look()
         with shown(progress, label, steps) as show:
             meter = _Meter(label, len(loader), show)
             endless = itertools.chain.from_iterable(itertools.repeat(loader))
@@ -128,12 +172,23 @@ def train(
                 images = _shifted(inputs, training.shift, shifts)
                 if training.channels_last and images.ndim == 4:
                     images = images.to(memory_format=torch.channels_last)
-                loss, logits = _loss(wrapped(images), labels, training.label_smoothing)
+                loss, logits = cross_entropy(wrapped(images), labels, training.label_smoothing)
+                if taught is not None:
+                    with torch.no_grad(), accelerator.autocast():
+                        soft = logits_of(taught(images))
+                    apart = distillation(logits, soft, training.temperature)
+                    loss = (1 - training.distill) * loss + training.distill * apart
                 optimizer.zero_grad()
                 accelerator.backward(loss)
                 optimizer.step()
                 meter.add(loss, logits, labels)
+                if best is not None and ((step + 1) % len(loader) == 0 or step + 1 == steps):
+                    meter.read()
+                    if look():
+                        break
             meter.read()
+        if best is not None:
+            best.restore()
 
 
 def evaluate(
@@ -152,10 +207,10 @@ def evaluate(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     loader = batches(dataset, batch_size, workers=workers)
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    with torch.no_grad(), _modes_kept(model), shown(progress, label, len(loader)) as show:
+    with torch.no_grad(), modes_kept(model), shown(progress, label, len(loader)) as show:
         model.eval()
         for inputs, labels in loader:
-            correct += (_logits(model(inputs.to(device))).argmax(1) == labels.to(device)).sum()
+            correct += (logits_of(model(inputs.to(device))).argmax(1) == labels.to(device)).sum()
             show("")
     return 100 * int(correct) / examples
 
@@ -163,8 +218,8 @@ def evaluate(
 def check_logits(model: nn.Module, example: Tensor) -> int:
     """How many classes the model tells apart, called with `example`. Raises TorchtrimError: it returns no logits."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with torch.no_grad(), _modes_kept(model):
-        return _logits(model.eval()(example.to(device))).shape[1]
+    with torch.no_grad(), modes_kept(model):
+        return logits_of(model.eval()(example.to(device))).shape[1]
 
 
 class _Meter:
@@ -198,26 +253,15 @@ class _Meter:
         self._unread.clear()
 
 
-def _loss(output: Any, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """The cross entropy, auxiliary classifiers included, and the logits: float [batch, classes]."""
-    logits = _logits(output)
-    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    outputs: dict[str, Any] = output._asdict() if hasattr(output, "_asdict") else {}
-    for name, auxiliary in outputs.items():
-        if name.startswith("aux") and auxiliary is not None:
-            loss = loss + _AUXILIARY_WEIGHT * F.cross_entropy(auxiliary, labels, label_smoothing=smoothing)
-    return loss, logits
-
-
-def _logits(output: Any) -> Tensor:
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
-        raise TorchtrimError(
-            "model: expected it to return logits [batch, classes], or an object with such `logits`, "
-            f"found {found}; train and evaluate this model with functions of your own"
-        )
-    return logits
+def _check_helpers(
+    model: nn.Module, training: Training, teacher: nn.Module | None, calibration: Dataset[Any] | None, label: str
+) -> None:
+    """Raise TorchtrimError unless those are there that the training asks for."""
+    if training.distill and (teacher is None or teacher is model):
+        found = "none" if teacher is None else "the model that is trained"
+        raise TorchtrimError(f"{label}: expected a teacher to distill from, found {found}")
+    if training.looks_for_best and not (calibration is not None and len(cast(Sized, calibration))):
+        raise TorchtrimError(f"{label}: expected calibration data to find the best epoch with, found none")
 
 
 def _optimizer(parameters: list[nn.Parameter], training: Training) -> Optimizer:
@@ -288,49 +332,3 @@ def _accelerator(training: Training, device: torch.device) -> Generator[Any]:
         for state, content in zip(states, before, strict=True):
             state.clear()
             state.update(content)
-
-
-@contextmanager
-def _left_as_found(model: nn.Module, *, channels_last: bool) -> Generator[None]:
-    """At the end, all but the trained weights is as before: modes, gradients, device, layout, methods."""
-    patched = ("forward", "_original_forward", "_is_accelerate_prepared")  # what Accelerate sets on a model
-    own = {name: model.__dict__[name] for name in patched if name in model.__dict__}
-    model.__dict__.pop("_is_accelerate_prepared", None)
-    found = [(parameter, parameter.grad, parameter.is_contiguous()) for parameter in model.parameters()]
-    device = found[0][0].device
-    for parameter, _, _ in found:
-        if channels_last and parameter.ndim == 4:
-            parameter.data = parameter.data.to(memory_format=torch.channels_last)
-    try:
-        with _modes_kept(model):
-            yield
-    finally:
-        for name in patched:
-            model.__dict__.pop(name, None)
-        model.__dict__.update(own)
-        model.to(device)  # processes that were launched together train on devices of their own
-        for parameter, gradient, contiguous in found:
-            if channels_last and contiguous and parameter.ndim == 4:
-                parameter.data = parameter.data.to(memory_format=torch.contiguous_format)
-            parameter.grad = gradient
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Generator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _random_state(seed: int, device: torch.device) -> Generator[None]:
-    """Draw from `seed` inside, as dropout and augmentation do; the global state is as before at the end."""
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus):
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach every GPU
-        for gpu in gpus:
-            torch.cuda.set_rng_state(torch.Generator(gpu).manual_seed(seed).get_state(), gpu)
-        yield

@@ -13,6 +13,7 @@ from torchtrim._flow import Step
 from torchtrim._labels import Atoms, components
 from torchtrim._neurons import Description, Kept, Layer, NeuronGraph, cut, group_of
 from torchtrim._proof import Failure, prove
+from torchtrim._run import uncollected
 from torchtrim._surgery_attributes import set_attributes
 
 
@@ -82,6 +83,7 @@ def trial(graph: NeuronGraph) -> Kept:
     return kept
 
 
+@uncollected()
 def attempt(
     model: nn.Module, graph: NeuronGraph, kept: Kept, sources: Mapping[str, Tensor], *, keep: bool = True
 ) -> tuple[nn.Module, Failure | None]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from torchtrim import _options as option
 from torchtrim.errors import TorchtrimError, TorchtrimWarning
 
 if TYPE_CHECKING:
@@ -33,75 +34,6 @@ app = typer.Typer(
 )
 
 _GOES_ON = "; the same command with --resume goes on"
-_TRIM, _TRAIN, _RUN, _DATA = "What goes, and when to stop", "Training", "The run", "Model and data"
-
-ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="lenet, torchvision:NAME, timm:NAME, or FILE.py:FUNCTION.")
-]
-DataName = Annotated[
-    str, typer.Option("--data", metavar="DATA", help="mnist, idx:DIR or imagefolder:DIR.", rich_help_panel=_DATA)
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="A state_dict (.pt, .safetensors), a model that torchtrim wrote, or DEFAULT for the library's own.",
-        rich_help_panel=_DATA,
-    ),
-]
-Calibration = Annotated[
-    int | None,
-    typer.Option(
-        "--calibration",
-        "--examples",
-        metavar="N",
-        help="Examples held out of training, to measure and decide on. Without: every tenth, at most 5,000.",
-        rich_help_panel=_DATA,
-    ),
-]
-Resize = Annotated[int, typer.Option(help="Image folders: the shorter side, in pixels.", rich_help_panel=_DATA)]
-Crop = Annotated[int, typer.Option(help="Image folders: the square that is seen, in pixels.", rich_help_panel=_DATA)]
-ThroughNorms = Annotated[
-    bool,
-    typer.Option(
-        "--through-norms",
-        help="Trim the widths too that LayerNorm and RMSNorm average over, of embeddings and residual streams. What "
-        "the norms compute then changes.",
-        rich_help_panel=_TRIM,
-    ),
-]
-RuleText = Annotated[
-    str,
-    typer.Option("--rule", help="Which neurons go: mean+1std, threshold:0.9, fraction:0.3.", rich_help_panel=_TRIM),
-]
-Criterion = Annotated[
-    str,
-    typer.Option(
-        help="Their score: apoz, mean_activation, l1_norm, l2_norm, contribution, random:SEED, or reconstruction, with "
-        "such as fraction:0.2 or threshold:-0.01 (an error of 1 %).",
-        rich_help_panel=_TRIM,
-    ),
-]
-BatchSize = Annotated[
-    int | None, typer.Option(help="Examples a step. Without: 128, image folders 32.", rich_help_panel=_TRAIN)
-]
-Workers = Annotated[int, typer.Option(help="Processes that read images.", rich_help_panel=_TRAIN)]
-Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.", rich_help_panel=_RUN)]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        max=1024,
-        help="CPU threads. Without: one for each core, the demo one. On a busy machine few are faster.",
-        rich_help_panel=_RUN,
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Decides all that is drawn at random.", rich_help_panel=_RUN)]
-Resume = Annotated[
-    bool,
-    typer.Option("--resume", help="Go on after the last whole round of an interrupted run.", rich_help_panel=_RUN),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -116,15 +48,15 @@ def _options(
 @app.command()
 def demo(
     fast: Annotated[
-        bool, typer.Option("--fast", help="Train less, and trim two rounds.", rich_help_panel=_RUN)
+        bool, typer.Option("--fast", help="Train less, and trim two rounds.", rich_help_panel=option.RUN)
     ] = False,
-    seed: Seed = 0,
-    device: Device = "auto",
-    threads: Threads = 1,
+    seed: option.Seed = 0,
+    device: option.Device = "auto",
+    threads: option.Threads = 1,
     out: Annotated[
-        Path, typer.Option(help="The run directory; an earlier demo there is replaced.", rich_help_panel=_RUN)
+        Path, typer.Option(help="The run directory; an earlier demo there is replaced.", rich_help_panel=option.RUN)
     ] = Path("runs/lenet-mnist"),
-    resume: Resume = False,
+    resume: option.Resume = False,
 ) -> None:
     """Train LeNet on MNIST and trim its layers conv2 and fc1 four times, as the paper does: a minute or two."""
     with _reported(f"{_GOES_ON} after the last whole round"):
@@ -138,92 +70,57 @@ def demo(
 
 @app.command()
 def run(
-    model: ModelName,
-    data: DataName,
-    weights: Weights = None,
-    calibration: Calibration = None,
-    resize: Resize = 256,
-    crop: Crop = 224,
-    layers: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help='Layers to trim: names or patterns such as "features.*", repeated or with commas. Without: all.',
-            rich_help_panel=_TRIM,
-        ),
-    ] = None,
-    progressive: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Trim the N most silent layers first, then their neighbours too.", rich_help_panel=_TRIM
-        ),
-    ] = None,
-    rule: RuleText = "mean+1std",
-    criterion: Criterion = "apoz",
-    through_norms: ThroughNorms = False,
-    repair: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WAYS",
-            help="Repair what is left from the calibration data before retraining: mean, least-squares, batchnorm; "
-            "several with commas.",
-            rich_help_panel=_TRIM,
-        ),
-    ] = None,
-    rounds: Annotated[
-        int | None, typer.Option(help="Stop after so many. Without any limit: 4.", rich_help_panel=_TRIM)
-    ] = None,
-    compression: Annotated[
-        float | None, typer.Option(help="Stop when the parameters are so many times fewer.", rich_help_panel=_TRIM)
-    ] = None,
-    smallest_accuracy: Annotated[
-        float | None,
-        typer.Option(help="Stop below this accuracy on the calibration data, in %.", rich_help_panel=_TRIM),
-    ] = None,
-    train_epochs: Annotated[
-        float, typer.Option(help="Train the model for so long before it is trimmed.", rich_help_panel=_TRAIN)
-    ] = 0,
-    retrain_epochs: Annotated[
-        float, typer.Option(help="Retrain for so long in every round; may be a fraction.", rich_help_panel=_TRAIN)
-    ] = 1,
-    optimizer: Annotated[
-        str | None, typer.Option(help="adamw or sgd. Without: adamw, image folders sgd.", rich_help_panel=_TRAIN)
-    ] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option(help="Highest learning rate. Without: 0.005, image folders 0.001.", rich_help_panel=_TRAIN),
-    ] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(help="onecycle or cosine. Without: onecycle, image folders cosine.", rich_help_panel=_TRAIN),
-    ] = None,
-    batch_size: BatchSize = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(help="Without: 0.05, image folders 0.0005.", rich_help_panel=_TRAIN)
-    ] = None,
-    label_smoothing: Annotated[
-        float | None, typer.Option(help="Without: 0.05, image folders 0.", rich_help_panel=_TRAIN)
-    ] = None,
-    shift: Annotated[
-        int | None,
-        typer.Option(help="Move images by up to so many pixels. Without: 2, image folders 0.", rich_help_panel=_TRAIN),
-    ] = None,
-    workers: Workers = 0,
-    device: Device = "auto",
-    threads: Threads = None,
-    seed: Seed = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="The run directory. Without: runs/MODEL-DATA.", rich_help_panel=_RUN)
-    ] = None,
-    resume: Resume = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in the directory.", rich_help_panel=_RUN)
-    ] = False,
+    model: option.ModelName,
+    data: option.DataName,
+    weights: option.Weights = None,
+    calibration: option.Calibration = None,
+    resize: option.Resize = 256,
+    crop: option.Crop = 224,
+    layers: option.Layers = None,
+    progressive: option.ProgressiveStart = None,
+    step: option.ProgressiveStep = None,
+    rule: option.RuleText = None,
+    parameters: option.Parameters = None,
+    flops: option.Flops = None,
+    weight_bytes: option.Bytes = None,
+    latency: option.Latency = None,
+    floor: option.Floor = None,
+    multiple_of: option.MultipleOf = None,
+    sensitivity: option.SensitivityFile = None,
+    criterion: option.Criterion = "apoz",
+    zero_tolerance: option.ZeroTolerance = 0.0,
+    through_norms: option.ThroughNorms = False,
+    repair: option.Repair = None,
+    rounds: option.Rounds = None,
+    compression: option.Compression = None,
+    smallest_accuracy: option.SmallestAccuracy = None,
+    max_drop: option.MaxDrop = None,
+    guard: option.GuardDrop = None,
+    retries: option.Retries = None,
+    train_epochs: option.TrainEpochs = 0,
+    retrain_epochs: option.RetrainEpochs = 1,
+    distill: option.Distill = None,
+    temperature: option.Temperature = None,
+    patience: option.Patience = None,
+    keep_best: option.KeepBest = False,
+    optimizer: option.OptimizerName = None,
+    lr: option.LearningRate = None,
+    schedule: option.ScheduleName = None,
+    batch_size: option.BatchSize = None,
+    weight_decay: option.WeightDecay = None,
+    label_smoothing: option.LabelSmoothing = None,
+    shift: option.Shift = None,
+    workers: option.Workers = 0,
+    device: option.Device = "auto",
+    threads: option.Threads = None,
+    seed: option.Seed = 0,
+    out: option.RunPlace = None,
+    resume: option.Resume = False,
+    overwrite: option.Overwrite = False,
 ) -> None:
     """Trim a model round by round: measure, remove the silent neurons, retrain, and again."""
     with _reported(f"{_GOES_ON} after the last whole round"):
         from torchtrim import _job, _settings
-        from torchtrim._select import parse_rule
         from torchtrim._source import Source
 
         optimisation: dict[str, Any] = {
@@ -240,14 +137,33 @@ def run(
         settings = _settings.Settings(
             source=Source(model, data, weights, calibration, resize, crop, device, seed),
             out=out or _settings.usual_directory(model, data),
-            stop=_settings.stop_at(rounds, compression, smallest_accuracy),
-            retraining=_settings.training_for(data, epochs=retrain_epochs, **optimisation),
+            stop=_settings.stop_at(rounds, compression, smallest_accuracy, max_drop),
+            retraining=_settings.retraining_for(
+                data,
+                epochs=retrain_epochs,
+                distill=distill,
+                temperature=temperature,
+                patience=patience,
+                keep_best=keep_best,
+                **optimisation,
+            ),
             training=_settings.training_for(data, epochs=train_epochs, **optimisation) if train_epochs else None,
-            layers=_settings.layers_named(layers or (), progressive),
-            rule=parse_rule(rule),
+            layers=_settings.layers_named(layers or (), progressive, step),
+            rule=_settings.rule_asked(
+                rule,
+                parameters=parameters,
+                flops=flops,
+                bytes=weight_bytes,
+                latency=latency,
+                floor=floor,
+                multiple_of=multiple_of,
+                sensitivity=sensitivity,
+            ),
             criterion=criterion,
             through_norms=through_norms,
+            zero_tolerance=zero_tolerance,
             repair=_settings.ways_named(repair),
+            guard=_settings.guard_at(guard, retries),
         )
         say, progress = _display(threads)
         with progress:
@@ -256,44 +172,59 @@ def run(
 
 @app.command()
 def profile(
-    model: ModelName,
-    data: DataName,
-    weights: Weights = None,
-    calibration: Calibration = None,
-    resize: Resize = 256,
-    crop: Crop = 224,
-    rule: RuleText = "mean+1std",
-    criterion: Criterion = "apoz",
-    through_norms: ThroughNorms = False,
-    batch_size: BatchSize = None,
-    workers: Workers = 0,
-    device: Device = "auto",
-    threads: Threads = None,
-    seed: Seed = 0,
+    model: option.ModelName,
+    data: option.DataName,
+    weights: option.Weights = None,
+    calibration: option.Calibration = None,
+    resize: option.Resize = 256,
+    crop: option.Crop = 224,
+    rule: option.RuleText = None,
+    criterion: option.Criterion = "apoz",
+    zero_tolerance: option.ZeroTolerance = 0.0,
+    through_norms: option.ThroughNorms = False,
+    until: Annotated[
+        float | None,
+        typer.Option(
+            metavar="CONFIDENCE",
+            help="End as soon as it is settled, with this confidence, which neurons the rule removes, such as 0.99.",
+            rich_help_panel=option.TRIM,
+        ),
+    ] = None,
+    batch_size: option.BatchSize = None,
+    workers: option.Workers = 0,
+    device: option.Device = "auto",
+    threads: option.Threads = None,
+    seed: option.Seed = 0,
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write the profile there (.safetensors), every now and then.", rich_help_panel=_RUN
+            metavar="FILE",
+            help="Write the profile there (.safetensors), every now and then.",
+            rich_help_panel=option.RUN,
         ),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with the interrupted profile in the file --out.", rich_help_panel=_RUN),
+        typer.Option(
+            "--resume", help="Go on with the interrupted profile in the file --out.", rich_help_panel=option.RUN
+        ),
     ] = False,
     plot: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Draw the neurons' silence there, layer by layer (.png, .pdf).", rich_help_panel=_RUN
+            metavar="FILE",
+            help="Draw the neurons' silence there, layer by layer (.png, .pdf).",
+            rich_help_panel=option.RUN,
         ),
     ] = None,
     per_class: Annotated[
         bool,
-        typer.Option("--per-class", help="Measure the examples of each class apart too.", rich_help_panel=_RUN),
+        typer.Option("--per-class", help="Measure the examples of each class apart too.", rich_help_panel=option.RUN),
     ] = False,
 ) -> None:
     """Measure how often every neuron is silent, and say where to begin trimming."""
     with _reported(_GOES_ON if out else ""):
-        from torchtrim import _job, _settings
+        from torchtrim import _measuring, _settings
         from torchtrim._select import parse_rule
         from torchtrim._source import Source
 
@@ -301,14 +232,16 @@ def profile(
         reading = _settings.training_for(data, batch_size=batch_size, workers=workers, seed=seed)
         say, progress = _display(threads)
         with progress:
-            parts = _job.silence(
+            parts = _measuring.silence(
                 source,
-                parse_rule(rule),
+                parse_rule("mean+1std" if rule is None else rule),
                 criterion,
                 reading,
                 progress,
                 out,
                 through_norms=through_norms,
+                zero_tolerance=zero_tolerance,
+                until=until,
                 resume=resume,
                 plot=plot,
                 per_class=per_class,
@@ -318,9 +251,70 @@ def profile(
 
 
 @app.command()
+def sensitivity(
+    model: option.ModelName,
+    data: option.DataName,
+    weights: option.Weights = None,
+    calibration: option.Calibration = None,
+    resize: option.Resize = 256,
+    crop: option.Crop = 224,
+    layers: option.Layers = None,
+    fractions: Annotated[
+        str,
+        typer.Option(metavar="SHARES", help="What each layer loses, with commas.", rich_help_panel=option.TRIM),
+    ] = "0.1,0.3,0.5,0.7,0.9",
+    criterion: option.Criterion = "apoz",
+    through_norms: option.ThroughNorms = False,
+    repair: option.Repair = None,
+    batch_size: option.BatchSize = None,
+    workers: option.Workers = 0,
+    device: option.Device = "auto",
+    threads: option.Threads = None,
+    seed: option.Seed = 0,
+    out: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Write it there, as it is found (.json).", rich_help_panel=option.RUN),
+    ] = Path("sensitivity.json"),
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with what is in the file --out.", rich_help_panel=option.RUN),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw a curve for each layer there.", rich_help_panel=option.RUN),
+    ] = None,
+) -> None:
+    """Trim each layer alone, by several fractions, and say what accuracy is left without retraining."""
+    with _reported(_GOES_ON):
+        from torchtrim import _measuring, _settings
+        from torchtrim._source import Source
+
+        source = Source(model, data, weights, calibration, resize, crop, device, seed)
+        reading = _settings.training_for(data, batch_size=batch_size, workers=workers, seed=seed)
+        single = _settings.layers_named(layers or (), None)
+        say, progress = _display(threads)
+        with progress:
+            parts = _measuring.fall(
+                source,
+                criterion,
+                single if isinstance(single, tuple) else None,
+                _settings.fractions_named(fractions),
+                reading,
+                progress,
+                out,
+                repair=_settings.ways_named(repair),
+                through_norms=through_norms,
+                resume=resume,
+                plot=plot,
+            )
+            for part in parts:
+                say(part)
+
+
+@app.command()
 def inspect(
-    model: ModelName,
-    weights: Weights = None,
+    model: option.ModelName,
+    weights: option.Weights = None,
     inputs: Annotated[
         str | None,
         typer.Option(
@@ -329,7 +323,7 @@ def inspect(
             help="What the model is called with: 1x3x224x224; with a type if not float32, 8x128:int64 (zeros, as token "
             "numbers); several with commas, by place or by name, ids=8x128:int64,mask=8x128:bool. Without: what the "
             "model was made for; models from files need it.",
-            rich_help_panel=_DATA,
+            rich_help_panel=option.DATA,
         ),
     ] = None,
     classes: Annotated[
@@ -338,22 +332,22 @@ def inspect(
             metavar="N",
             min=1,
             help="How many the model tells apart. Without: 1,000, LeNet 10.",
-            rich_help_panel=_DATA,
+            rich_help_panel=option.DATA,
         ),
     ] = None,
-    through_norms: ThroughNorms = False,
+    through_norms: option.ThroughNorms = False,
     experts: Annotated[
         bool,
         typer.Option(
             "--experts",
             help="Trim whole experts of mixtures too, as neurons of their router.",
-            rich_help_panel=_TRIM,
+            rich_help_panel=option.TRIM,
         ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print it all as JSON, for programs.", rich_help_panel=_RUN)
+        bool, typer.Option("--json", help="Print it all as JSON, for programs.", rich_help_panel=option.RUN)
     ] = False,
-    device: Device = "auto",
+    device: option.Device = "auto",
 ) -> None:
     """Show what can be trimmed of a model and what is locked, and why; it needs neither data nor weights."""
     with _reported():
