@@ -32,22 +32,26 @@ BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"  # told a
 class Experiment:
     """One run of a benchmark: its seeds, its folders, and the work that several benchmarks share."""
 
-    def __init__(self, module: str, description: str, *, seeds: int = 3, runs: str = "runs/paper") -> None:
+    def __init__(
+        self, module: str, description: str, *, seeds: int = 3, runs: str = "runs/paper", data: str = "mnist"
+    ) -> None:
         parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
         parser.add_argument("--seeds", type=int, default=seeds, help="how many seeds, from 0 (default %(default)s)")
         parser.add_argument("--results", type=Path, default=Path("docs/results"), help="where the page goes")
         parser.add_argument("--runs", type=Path, default=Path(runs), help="where trained models are kept")
+        parser.add_argument("--data", default=data, help="another copy of the data, idx:DIR (default %(default)s)")
         options = parser.parse_args()
         self.name = module.rpartition(".")[2].replace("_", "-")
         self.command = f"python -m {module}" + (f" --seeds {options.seeds}" if options.seeds != seeds else "")
         self.seeds = range(options.seeds)
         self.results: Path = options.results
         self.runs: Path = options.runs
+        self.source: str = options.data
         self.progress: Progress = training_progress()
 
     @cached_property
     def data(self) -> Data:
-        return load_data("mnist")
+        return load_data(self.source)
 
     def train(self, model: nn.Module, epochs: float, seed: int, label: str = "training") -> nn.Module:
         train(model, self.data.train, Training(epochs=epochs), seed=seed, progress=self.progress, label=label)

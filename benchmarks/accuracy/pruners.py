@@ -1,0 +1,308 @@
+"""How accurate networks are at half, a quarter and an eighth of their FLOPs, trimmed by torchtrim and Torch-Pruning.
+
+Both are given the same trained network, images, number of FLOPs and retraining. Needs `pip install -e '.[compare]'`.
+"""
+
+import math
+import statistics
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import torchtrim
+from benchmarks.accuracy import rivals
+from benchmarks.accuracy.common import Fashion
+from benchmarks.accuracy.networks import VGG, ResNet
+from benchmarks.accuracy.widths import Uniform, flops
+from benchmarks.paper.common import BLUE, ORANGE, Axes, picture, spread, table
+from torchtrim import Budget, Plan, TorchtrimWarning
+from torchtrim._data import batches
+from torchtrim.criteria import Criterion
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "vgg": (VGG, "classifier.2"),
+    "resnet": (ResNet, "head"),
+}  # and the layer that gives the logits
+NAMES = {"vgg": "VGG with batch norms", "resnet": "ResNet-20"}
+TIMES = (2, 4, 8)
+IMAGES = 1000  # of the calibration images: what every method is given to choose and to repair with
+RETRAINING = 0.5  # epochs
+RATE = 2e-3
+OURS, THEIRS = "torchtrim", "Torch-Pruning"
+_WAYS = ("cut", "norms", "repaired", "retrained")
+
+
+@dataclass(frozen=True)
+class Method:
+    """side: whose. criterion: its name there. allocation: how the widths of the layers come about."""
+
+    side: str
+    criterion: str
+    allocation: str
+
+    def __str__(self) -> str:
+        return f"{self.side}: {self.criterion}, {self.allocation}"
+
+
+METHODS = (
+    *(Method(OURS, name, "uniform") for name in ("reconstruction", "contribution", "apoz", "l1_norm")),
+    *(Method(OURS, name, "budget") for name in ("reconstruction", "contribution")),
+    *(Method(THEIRS, name, "uniform") for name in rivals.IMPORTANCES if name != "LAMP"),  # it orders as L2 does
+    *(Method(THEIRS, name, "global") for name in rivals.IMPORTANCES),
+)
+
+
+SHORTLIST = (
+    *(Method(OURS, "reconstruction", one) for one in ("uniform", "budget")),
+    Method(OURS, "contribution", "uniform"),
+    *(Method(THEIRS, f"magnitude {one}", "uniform") for one in ("L1", "L2")),
+    Method(THEIRS, "Taylor", "uniform"),
+    *(Method(THEIRS, name, "global") for name in ("magnitude L2", "Taylor")),
+)  # what is retrained
+
+
+class Study:
+    """One trained network, and what is cut out of it."""
+
+    def __init__(self, experiment: Fashion, network: str, seed: int) -> None:
+        self.experiment, self.network, self.seed = experiment, network, seed
+        self.example = experiment.data.example[:1]
+        self._scores: dict[str, Criterion | str] = {}
+        self._retrained: dict[tuple[Method, int], float] = {}
+
+    @property
+    def key(self) -> str:
+        return f"{self.network}, seed {self.seed}"
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return self.experiment.trained(self.network, NETWORKS[self.network][0], self.seed)
+
+    def whole(self) -> list[float]:
+        return [self.experiment.test(self.model), flops(self.model, self.example)]
+
+    @cached_property
+    def labelled(self) -> list[tuple[Tensor, Tensor]]:
+        return list(batches(self.experiment.data.calibration, 250))[: IMAGES // 250]
+
+    @cached_property
+    def images(self) -> list[Tensor]:
+        return [images for images, _ in self.labelled]
+
+    @cached_property
+    def graph(self) -> torchtrim._neurons.NeuronGraph:
+        return torchtrim.trace(self.model, self.example)
+
+    @cached_property
+    def profile(self) -> torchtrim.Profile:
+        return torchtrim.profile(self.model, self.images)
+
+    @cached_property
+    def uniform(self) -> Uniform:
+        return Uniform(self.model, self.example, self.profile, self.graph)
+
+    @cached_property
+    def with_gradients(self) -> nn.Module:
+        return rivals.gradients(self.model, self.labelled)
+
+    def cut(self, method: Method, times: int) -> nn.Module:
+        if method.side == OURS:
+            return torchtrim.trim(self.model, self.plan(method, times), self.graph)
+        head = NETWORKS[self.network][1]
+        if method.allocation == "global":
+            return rivals.everywhere(self.with_gradients, self.example, method.criterion, times, head)
+        shares = self.uniform.shares(times)
+        return rivals.local(self.with_gradients, self.example, method.criterion, shares, head)
+
+    def plan(self, method: Method, times: int) -> Plan:
+        criterion = self.scores(method.criterion)
+        if method.allocation == "uniform":
+            return self.uniform.plan(times, criterion)
+        budget = Budget(flops=1 / times)
+        return budget.plan(self.model, self.graph, self.profile, criterion=criterion)
+
+    def scores(self, name: str) -> Criterion | str:
+        if name == "reconstruction" and name not in self._scores:
+            self._scores[name] = torchtrim.reconstruction(self.model, self.graph, self.images)
+        return self._scores.get(name, name)
+
+    def figures(self, method: Method, times: int) -> list[float]:
+        """FLOPs and parameters, as so many times fewer; test accuracy by way, NaN where there is no such way."""
+        cut = self.cut(method, times)
+        if method.side == OURS:
+            norms = torchtrim.repair(cut, self.model, self.graph, self.images, "batchnorm")
+            best = torchtrim.repair(cut, self.model, self.graph, self.images, ("least-squares", "batchnorm"))
+            repaired = self.experiment.test(best)
+        else:
+            norms = best = rivals.measure_norms(cut, self.images)
+            repaired = math.nan
+        path = self._path(method, times)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(best, path)
+        fewer = flops(self.model, self.example) / flops(cut, self.example), _size(self.model) / _size(cut)
+        return [*fewer, self.experiment.test(cut), self.experiment.test(norms), repaired]
+
+    def retrained(self, method: Method, times: int) -> list[float]:
+        """Test accuracy after retraining from the repaired model, or from the one with new norms where that is best."""
+        model = torch.load(self._path(method, times), weights_only=False)
+        self.experiment.retrain(model, RETRAINING, 100 + self.seed, f"{self.key}, {method}, {times}×", lr=RATE)
+        return [self.experiment.test(model)]
+
+    def _path(self, method: Method, times: int):
+        name = "-".join(f"{self.network} {self.seed} {method.side} {method.criterion} {method.allocation}".split())
+        return self.experiment.runs / "pruners" / f"{name}-{times}.pt"
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+Results = dict[tuple[str, Method, int], dict[str, list[float]]]
+
+
+def main() -> None:
+    experiment = Fashion("benchmarks.accuracy.pruners", __doc__ or "")
+    warnings.simplefilter("ignore", TorchtrimWarning)
+    whole: dict[str, list[float]] = {}
+    found: Results = {}
+    for seed in experiment.seeds:
+        for network in NETWORKS:
+            study = Study(experiment, network, seed)
+            whole.setdefault(network, []).append(experiment.once(f"{study.key}, whole", study.whole)[0])
+            rest = [method for method in METHODS if method not in SHORTLIST]
+            for name, methods in (("figures", SHORTLIST), ("retrained", SHORTLIST), ("figures", rest)):
+                work, columns = {
+                    "figures": (study.figures, ("flops", "parameters", "cut", "norms", "repaired")),
+                    "retrained": (study.retrained, ("retrained",)),
+                }[name]
+                for method, times in product(methods, TIMES):
+                    key = f"{study.key}, {method}, {times}x, {name}"
+                    values = experiment.once(key, partial(work, method, times))
+                    print(key, *(f"{value:.2f}" for value in values), flush=True)
+                    cell = found.setdefault((network, method, times), {})
+                    for column, value in zip(columns, values, strict=True):
+                        cell.setdefault(column, []).append(value)
+                write(experiment, whole, found)
+
+
+# The page ---------------------------------------------------------------------------------------------------
+
+
+def write(experiment: Fashion, whole: dict[str, list[float]], found: Results) -> None:
+    parts = [
+        f"""
+Two networks for Fashion-MNIST, cut once to a half, a quarter and an eighth of their FLOPs, by torchtrim and by
+Torch-Pruning {_version()}. Each was trained for {experiment.epochs} epochs on 55,000 images. To choose and to repair,
+every method is given the same {IMAGES:,} calibration images (of which Taylor's importance reads the labels too), and
+every cut network is retrained alike for {RETRAINING:g} epochs, which is short on purpose. Test accuracy, %, on 10,000
+images that decide nothing.
+
+- *cut*: nothing else is done. *norms*: the statistics of batch norms are measured anew. *repaired*: least squares, then
+  the norms, which Torch-Pruning does not have. *retrained*: from the last of these.
+- *uniform*: every group of layers loses the same share, and both cut to the same widths. *global*: one threshold of
+  Torch-Pruning for all layers. *budget*: torchtrim's `Budget(flops=...)`, over all layers at once.
+- LAMP chooses within a layer as magnitude L2 does, so that its uniform row is left out. Nothing was trained with a
+  penalty on the scales of batch norms, which "BN scale" asks for.
+"""
+    ]
+    present = [network for network in whole if any(key[0] == network for key in found)]
+    for network in present:
+        parts.append(f"## {NAMES[network]}\n\nThe whole network is at {spread(whole[network])}.\n")
+        parts += [_table(found, network, times) for times in TIMES]
+    parts.append("## The best of each\n\n" + _best(found, present))
+    figure = picture(2 * len(present), lambda axes: _draw(axes, found, present))
+    experiment.write("Beside other pruners, at equal FLOPs", "\n".join(parts), figure)
+
+
+def _table(found: Results, network: str, times: int) -> str:
+    rows = []
+    for method in METHODS:
+        if cell := found.get((network, method, times)):
+            fewer = [f"{statistics.mean(cell[name]):.2f}×" for name in ("flops", "parameters")]
+            rows.append([str(method), *fewer, *(_cell(cell, way) for way in _WAYS)])
+    return table([f"{times}× fewer FLOPs", "FLOPs", "parameters", *_WAYS], rows)
+
+
+def _cell(cell: dict[str, list[float]], way: str) -> str:
+    values = cell.get(way, [])
+    return spread(values) if values and not np.isnan(values).any() else "–"
+
+
+def _without(cell: dict[str, list[float]]) -> float:
+    """The best that there is without retraining."""
+    return float(np.nanmax([np.mean(cell[way]) for way in ("cut", "norms", "repaired")]))
+
+
+def _with(cell: dict[str, list[float]]) -> float:
+    return float(np.mean(cell.get("retrained", [math.nan])))
+
+
+def _best(found: Results, networks: list[str]) -> str:
+    """The most accurate of either side, picked by the test images, which favours the side with more rows."""
+    rows = []
+    for network in networks:
+        for times in TIMES:
+            for title, value in (("without retraining", _without), ("retrained", _with)):
+                sides = []
+                for side in (OURS, THEIRS):
+                    cells = {
+                        m: value(found[network, m, times])
+                        for m in METHODS
+                        if m.side == side and (network, m, times) in found
+                    }
+                    cells = {method: one for method, one in cells.items() if not math.isnan(one)}
+                    sides.append(max(cells.items(), key=lambda item: item[1]) if cells else None)
+                if all(sides):
+                    (ours, mine), (theirs, other) = sides  # pyright: ignore[reportGeneralTypeIssues]
+                    names = [f"{one.criterion}, {one.allocation}" for one in (ours, theirs)]
+                    rows.append(
+                        [
+                            f"{NAMES[network]}, {times}×, {title}",
+                            f"{mine:.2f}",
+                            names[0],
+                            f"{other:.2f}",
+                            names[1],
+                            f"{mine - other:+.2f}",
+                        ]
+                    )
+    return table(["", OURS, "by", THEIRS, "by", "difference"], rows)
+
+
+def _draw(axes: list[Axes], found: Results, networks: list[str]) -> None:
+    for place, network in enumerate(networks):
+        for axis, title, value in zip(
+            axes[2 * place :], ("without retraining", "retrained"), (_without, _with), strict=False
+        ):
+            for method in METHODS:
+                points = [(t, value(found[network, method, t])) for t in TIMES if (network, method, t) in found]
+                ours = method.side == OURS
+                best = method.criterion == "reconstruction"
+                axis.plot(
+                    *zip(*points, strict=True),
+                    "o-",
+                    ms=3,
+                    c=BLUE if ours else ORANGE,
+                    alpha=1 if best else 0.5,
+                    lw=1.8 if best else 1,
+                )
+            axis.set(
+                xscale="log", xlabel="times fewer FLOPs", ylabel="test accuracy (%)", title=f"{NAMES[network]}, {title}"
+            )
+            axis.set_xticks(TIMES, [f"{t}×" for t in TIMES])
+            axis.set_xticks([], minor=True)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("torch-pruning")
+
+
+if __name__ == "__main__":
+    main()
