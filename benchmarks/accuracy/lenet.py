@@ -26,8 +26,6 @@ WIDTHS = ((31, 349), (24, 252), (15, 139), (10, 70))  # of CONV2 and FC1; the fi
 RETRAINED = WIDTHS[1:]  # at half the size, nothing is left to tell apart
 EPOCHS = (1, 3)
 RATE = 2e-3
-FAR = (15, 139), (10, 70), (7, 37)
-FAR_EPOCHS = 5
 _COLOURS = dict(zip(CRITERIA, (BLUE, GREEN, "#cc79a7", ORANGE, GREY), strict=True))
 
 
@@ -101,8 +99,7 @@ def main() -> None:
 
 
 def _cells() -> Iterator[tuple[str, str, tuple[int, int], float]]:
-    """The far cuts, all without retraining, and what is retrained: from nothing repaired, and from least squares."""
-    yield from (("reconstruction", "least squares", widths, FAR_EPOCHS) for widths in FAR)
+    """All without retraining, and what is retrained: from nothing repaired, and from least squares."""
     yield from ((criterion, way, widths, 0) for criterion in CRITERIA for way in WAYS for widths in WIDTHS)
     for widths in reversed(RETRAINED):
         for epochs in EPOCHS:
@@ -119,17 +116,8 @@ repaired by means, and what was cut to half its size, is not retrained. Test acc
     ]
     for name, values in whole.items():
         parts += [f"## {SETS[name]}\n\nThe whole network is at {spread(values)}.\n", _table(found, name)]
-        far = [[f"{compression(widths):.1f}×", spread(_far(found, name, widths))] for widths in FAR]
-        parts.append(
-            f"Chosen by reconstruction, repaired by least squares and retrained for {FAR_EPOCHS} epochs:\n\n"
-            + table(["parameters", "accuracy"], far)
-        )
     figure = picture(2 * len(whole), lambda axes: _draw(axes, found, list(whole)))
     experiment.write("LeNet: choice, repair, size and retraining", "\n".join(parts), figure)
-
-
-def _far(found: dict[Key, list[float]], name: str, widths: tuple[int, int]) -> list[float]:
-    return found[name, "reconstruction", "least squares", widths, FAR_EPOCHS]
 
 
 def _table(found: dict[Key, list[float]], name: str) -> str:
