@@ -283,14 +283,12 @@ def _draw(axes: list[Axes], found: Results, networks: list[str]) -> None:
                 points = [(t, value(found[network, method, t])) for t in TIMES if (network, method, t) in found]
                 ours = method.side == OURS
                 best = method.criterion == "reconstruction"
-                axis.plot(
-                    *zip(*points, strict=True),
-                    "o-",
-                    ms=3,
-                    c=BLUE if ours else ORANGE,
-                    alpha=1 if best else 0.5,
-                    lw=1.8 if best else 1,
-                )
+                if not points or math.isnan(points[0][1]):
+                    continue
+                look = {"c": BLUE if ours else ORANGE, "alpha": 1 if best else 0.5, "lw": 1.8 if best else 1}
+                axis.plot(*zip(*points, strict=True), "o-", ms=3, label=method.side, **look)
+            handles = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+            axis.legend(handles.values(), handles.keys(), fontsize=8, loc="lower left")
             axis.set(
                 xscale="log", xlabel="times fewer FLOPs", ylabel="test accuracy (%)", title=f"{NAMES[network]}, {title}"
             )
