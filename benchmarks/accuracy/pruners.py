@@ -201,7 +201,8 @@ Two networks for Fashion-MNIST, cut once to a half, a quarter and an eighth of t
 Torch-Pruning {_version()}. Each was trained for {experiment.epochs} epochs on 55,000 images. To choose and to repair,
 every method is given the same {IMAGES:,} calibration images (of which Taylor's importance reads the labels too), and
 every cut network is retrained alike for {RETRAINING:g} epochs, which is short on purpose. Test accuracy, %, on 10,000
-images that decide nothing.
+images that decide nothing. Networks trained: {len(experiment.seeds)} of each; with one, differences below half a
+point say little. A dash: there is no such way, or it was not measured; only some methods are retrained.
 
 - *cut*: nothing else is done. *norms*: the statistics of batch norms are measured anew. *repaired*: least squares, then
   the norms, which Torch-Pruning does not have. *retrained*: from the last of these.
