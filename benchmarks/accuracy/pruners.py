@@ -201,7 +201,8 @@ Two networks for Fashion-MNIST, cut once to a half, a quarter and an eighth of t
 Torch-Pruning {_version()}. Each was trained for {experiment.epochs} epochs on 55,000 images. To choose and to repair,
 every method is given the same {IMAGES:,} calibration images (of which Taylor's importance reads the labels too), and
 every cut network is retrained alike for {RETRAINING:g} epochs, which is short on purpose. Test accuracy, %, on 10,000
-images that decide nothing.
+images that decide nothing. Networks trained: {len(experiment.seeds)} of each; with one, differences below half a
+point say little. A dash: there is no such way, or it was not measured; only some methods are retrained.
 
 - *cut*: nothing else is done. *norms*: the statistics of batch norms are measured anew. *repaired*: least squares, then
   the norms, which Torch-Pruning does not have. *retrained*: from the last of these.
@@ -283,14 +284,12 @@ def _draw(axes: list[Axes], found: Results, networks: list[str]) -> None:
                 points = [(t, value(found[network, method, t])) for t in TIMES if (network, method, t) in found]
                 ours = method.side == OURS
                 best = method.criterion == "reconstruction"
-                axis.plot(
-                    *zip(*points, strict=True),
-                    "o-",
-                    ms=3,
-                    c=BLUE if ours else ORANGE,
-                    alpha=1 if best else 0.5,
-                    lw=1.8 if best else 1,
-                )
+                if not points or math.isnan(points[0][1]):
+                    continue
+                look = {"c": BLUE if ours else ORANGE, "alpha": 1 if best else 0.5, "lw": 1.8 if best else 1}
+                axis.plot(*zip(*points, strict=True), "o-", ms=3, label=method.side, **look)
+            handles = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+            axis.legend(handles.values(), handles.keys(), fontsize=8, loc="lower left")
             axis.set(
                 xscale="log", xlabel="times fewer FLOPs", ylabel="test accuracy (%)", title=f"{NAMES[network]}, {title}"
             )
