@@ -333,3 +333,25 @@ def test_near_zeros_count_in_every_round() -> None:
     near = rounds(Smooth(), stop=Stop(rounds=1), zero_tolerance=0.1)[0].profile
     assert not any(layer.zeros.any() for layer in plain.values())
     assert all(layer.zeros.any() for layer in near.values() if layer.locked is None)
+
+
+def test_a_budget_outlives_layers_of_which_one_neuron_is_left() -> None:
+    """Such a layer is none any more, though floors and weights were given for it."""
+    weights = dict.fromkeys(["layers.0", "layers.2"], 0.001)
+    budget = Budget(parameters=0.15, floor={"layers.2": 1, "*": 1}, weights=weights)
+    found = rounds(chain(), rule=budget, stop=Stop(rounds=6))
+    assert found[-1].cost.parameters <= 0.15 * found[0].ancestor.parameters
+    assert any(width == 1 for done in found[:-1] for width in done.widths.values())
+
+
+def test_a_budget_of_unknown_layers_ends_before_any_work() -> None:
+    with pytest.raises(PlanError, match=r"weights: unknown layer 'layers\.9'"):
+        iterate(
+            chain(),
+            INPUTS[:2],
+            [INPUTS],
+            rule=Budget(parameters=0.5, weights={"layers.9": 2.0}),
+            stop=Stop(rounds=1),
+            retrain=retrain,
+            evaluate=accuracy,
+        )

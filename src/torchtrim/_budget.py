@@ -132,6 +132,14 @@ class Budget:
         choice = _Choice(self, model, graph, profile, criteria.resolve(criterion), layers, latencies)
         return choice.made()
 
+    def check(self, widths: Mapping[str, int]) -> None:
+        """Raise PlanError for floors, caps and weights of layers that are not among these, or that exclude each other.
+
+        widths: neurons by layer.
+        """
+        limits(self.floor, self.cap, widths)
+        per_layer("weights", self.weights or {}, widths, 1.0)
+
     @property
     def asked(self) -> dict[str, float | str]:
         """The targets that are given, by name."""

@@ -19,11 +19,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from torchtrim import criteria
+from torchtrim._budget import Budget
 from torchtrim._cost import measure
 from torchtrim._data import batches
 from torchtrim._graph import trace
 from torchtrim._guard import Attempt
 from torchtrim._loop import iterate
+from torchtrim._measure import check_tolerance
 from torchtrim._measuring import Watched
 from torchtrim._report import Ancestor, RoundTable
 from torchtrim._rounds import Progressive, Round
@@ -50,13 +52,17 @@ def run(
     Raises TorchtrimError, before any work if what is asked cannot be done.
     """
     criteria.resolve(settings.criterion)
+    check_tolerance(settings.zero_tolerance)
     if settings.training is None and settings.source.untrained:
         raise ModelError(
             f"{settings.source.model} comes untrained; name its weights (--weights) or have it trained (--train-epochs)"
         )
     opened = open_source(settings.source, through_norms=settings.through_norms)
     layers = None if isinstance(settings.layers, Progressive) else settings.layers
-    check_layers(unmeasured(opened.model, opened.graph), layers)
+    blank = unmeasured(opened.model, opened.graph)
+    check_layers(blank, layers)
+    if isinstance(settings.rule, Budget):
+        settings.rule.check(blank.widths)
     with RunDirectory.open(
         settings.out, settings.described(), asdict(settings.stop), resume=resume, overwrite=overwrite
     ) as directory:

@@ -22,7 +22,7 @@ from torchtrim._forward import Forward
 from torchtrim._graph import trace
 from torchtrim._guard import Accuracy, Attempt, Guard, checked_guard, fell, none_holds, part_of, smaller_plans
 from torchtrim._history import history
-from torchtrim._measure import profile
+from torchtrim._measure import check_tolerance, profile
 from torchtrim._plan import Plan
 from torchtrim._profile import Profile
 from torchtrim._reconstruction import reconstruction
@@ -82,6 +82,9 @@ def iterate(
     blank = unmeasured(model, graph)
     check_layers(blank, None if isinstance(layers, Progressive) else layers)
     criteria.resolve(criterion)
+    check_tolerance(zero_tolerance)
+    if isinstance(rule, Budget):
+        rule.check(blank.widths)
     ways = None if repair is None else checked_ways(repair)
     guard = checked_guard(guard)
     if isinstance(batches, Iterator):

@@ -75,8 +75,7 @@ def profile(
         raise ProfileError(
             "batches: expected an iterable of batches, found a tensor, whose rows it would give; pass [it]"
         )
-    if not 0 <= zero_tolerance < float("inf"):
-        raise ProfileError(f"zero_tolerance: expected a share of the root mean square, found {zero_tolerance!r}")
+    check_tolerance(zero_tolerance)
     shared = sharded and _shards.several()
     if until and (shared or checkpoint is not None):
         other = "several processes that share a pass; pass sharded=False" if shared else "a checkpoint; leave one out"
@@ -97,3 +96,9 @@ def profile(
     for note in found.notes:
         warnings.warn(note, TorchtrimWarning, stacklevel=2)
     return found
+
+
+def check_tolerance(zero_tolerance: float) -> None:
+    """Raise the ProfileError that `profile` would raise for this tolerance, before anything is measured."""
+    if not 0 <= zero_tolerance < float("inf"):
+        raise ProfileError(f"zero_tolerance: expected a share of the root mean square, found {zero_tolerance!r}")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from torchtrim import criteria
 from torchtrim._data import batches
-from torchtrim._measure import profile
+from torchtrim._measure import check_tolerance, profile
 from torchtrim._profile import Profile
 from torchtrim._progress import shown
 from torchtrim._reconstruction import reconstruction
@@ -55,6 +55,7 @@ def silence(
     Raises TorchtrimError, before any work if what is asked cannot be done; KeyboardInterrupt at the end where one came.
     """
     criteria.resolve(criterion)
+    check_tolerance(zero_tolerance)
     stable = None if until is None else Stable(rule, confidence=until, criterion=criterion)
     _check_asked(out, plot, resume=resume, ends=stable is not None)
     opened = open_source(source, through_norms=through_norms)

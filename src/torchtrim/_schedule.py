@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from torchtrim._allot import TOLERANCE
-from torchtrim._budget import Budget, amount, limits
+from torchtrim._budget import Budget, amount, limits, per_layer
 from torchtrim._cost import Cost
 
 
@@ -35,9 +35,11 @@ def budget_of_round(
     if not any(shares.values()):
         return None
     least, most = limits(budget.floor, budget.cap, widths)
+    weights = per_layer("weights", budget.weights or {}, widths, 1.0)
     return replace(
         budget,
         **shares,
-        floor={name: one for name, one in least.items() if name in present},
-        cap=None if budget.cap is None else {name: one for name, one in most.items() if name in present},
+        floor={name: least[name] for name in present},
+        cap=None if budget.cap is None else {name: most[name] for name in present},
+        weights={name: weights[name] for name in present},
     )
