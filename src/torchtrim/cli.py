@@ -7,22 +7,15 @@ import json
 import os
 import shutil
 import sys
-import warnings
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from torchtrim import _options as option
-from torchtrim.errors import TorchtrimError, TorchtrimWarning
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from torchtrim._terminal import display, reported
 
 app = typer.Typer(
     help="Make trained neural networks smaller and faster by removing the neurons that stay silent.",
@@ -59,11 +52,11 @@ def demo(
     resume: option.Resume = False,
 ) -> None:
     """Train LeNet on MNIST and trim its layers conv2 and fc1 four times, as the paper does: a minute or two."""
-    with _reported(f"{_GOES_ON} after the last whole round"):
+    with reported(f"{_GOES_ON} after the last whole round"):
         from torchtrim import _job, _settings
 
         settings = _settings.demo_settings(out, fast=fast, seed=seed, device=device)
-        say, progress = _display(threads)
+        say, progress = display(threads)
         with progress:
             _job.run(settings, say, progress, resume=resume, overwrite=not resume and _settings.is_demo(out))
 
@@ -119,7 +112,7 @@ def run(
     overwrite: option.Overwrite = False,
 ) -> None:
     """Trim a model round by round: measure, remove the silent neurons, retrain, and again."""
-    with _reported(f"{_GOES_ON} after the last whole round"):
+    with reported(f"{_GOES_ON} after the last whole round"):
         from torchtrim import _job, _settings
         from torchtrim._source import Source
 
@@ -165,7 +158,7 @@ def run(
             repair=_settings.ways_named(repair),
             guard=_settings.guard_at(guard, retries),
         )
-        say, progress = _display(threads)
+        say, progress = display(threads)
         with progress:
             _job.run(settings, say, progress, resume=resume, overwrite=overwrite)
 
@@ -223,14 +216,14 @@ def profile(
     ] = False,
 ) -> None:
     """Measure how often every neuron is silent, and say where to begin trimming."""
-    with _reported(_GOES_ON if out and until is None else ""):
+    with reported(_GOES_ON if out and until is None else ""):
         from torchtrim import _measuring, _settings
         from torchtrim._select import parse_rule
         from torchtrim._source import Source
 
         source = Source(model, data, weights, calibration, resize, crop, device, seed)
         reading = _settings.training_for(data, batch_size=batch_size, workers=workers, seed=seed)
-        say, progress = _display(threads)
+        say, progress = display(threads)
         with progress:
             parts = _measuring.silence(
                 source,
@@ -285,14 +278,14 @@ def sensitivity(
     ] = None,
 ) -> None:
     """Trim each layer alone, by several fractions, and say what accuracy is left without retraining."""
-    with _reported(_GOES_ON):
+    with reported(_GOES_ON):
         from torchtrim import _measuring, _settings
         from torchtrim._source import Source
 
         source = Source(model, data, weights, calibration, resize, crop, device, seed)
         reading = _settings.training_for(data, batch_size=batch_size, workers=workers, seed=seed)
         single = _settings.layers_named(layers or (), None)
-        say, progress = _display(threads)
+        say, progress = display(threads)
         with progress:
             parts = _measuring.fall(
                 source,
@@ -350,7 +343,7 @@ def inspect(
     device: option.Device = "auto",
 ) -> None:
     """Show what can be trimmed of a model and what is locked, and why; it needs neither data nor weights."""
-    with _reported():
+    with reported():
         from torchtrim import _inspect
 
         found = _inspect.inspect(
@@ -377,42 +370,3 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # × and → on a terminal that knows no Unicode
     app(prog_name="torchtrim")
-
-
-def _display(threads: int | None) -> tuple[Callable[[Any], None], "Progress"]:
-    """How to print to standard output, and a progress display that does not get in its way; sets the threads too."""
-    import torch
-
-    from torchtrim._progress import training_progress
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    terminal = sys.stdout.isatty()
-    output = Console(file=sys.stdout, width=None if terminal else 200, highlight=False)
-
-    def say(part: Any) -> None:
-        output.print(part, markup=False, soft_wrap=isinstance(part, str))
-
-    return say, training_progress(output if terminal else None)
-
-
-@contextmanager
-def _reported(hint: str = "") -> Generator[None]:
-    """Errors and warnings of this library in a line each, without a traceback; the hint after an interrupt."""
-
-    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
-        if issubclass(category, TorchtrimWarning):
-            typer.echo(f"warning: {message}", err=True)
-        else:
-            usual(message, category, *place)
-
-    with warnings.catch_warnings():
-        usual, warnings.showwarning = warnings.showwarning, show
-        try:
-            yield
-        except TorchtrimError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as error:
-            typer.echo(f"interrupted{hint}", err=True)
-            raise typer.Exit(130) from error
