@@ -140,6 +140,35 @@ def test_out_of_reach_says_the_smallest_that_is_not() -> None:
     assert torchtrim.measure(torchtrim.trim(model, plan, graph), example).parameters == smallest
 
 
+class Clever(nn.Module):
+    """It hides that it computes with a width, so that only the proof finds it out. free: whether another does not."""
+
+    def __init__(self, free: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(8, 20), nn.Linear(20, 20) if free else nn.Identity(), nn.Linear(20, 4)
+
+    def forward(self, x):
+        return self.out(self.b(self.a(x).relu() / getattr(self.a, "out_" + "features")).relu())
+
+
+def test_what_cannot_be_proved_is_made_up_for_by_others() -> None:
+    torch.manual_seed(0)
+    model, example = Clever(free=True), noise(4, 8)
+    profile = torchtrim.profile(model, [example])
+    plan = Budget(parameters=0.7).plan(model, example, profile, criterion="l1_norm")
+    assert [*plan.removed] == ["b"]
+    assert "a: could not be proved; left whole" in plan.notes
+    own, left = (torchtrim.measure(one, example).parameters for one in (model, torchtrim.trim(model, plan, example)))
+    assert 0.7 * own - 25 < left <= 0.7 * own  # a neuron of b has 25
+
+
+def test_where_nothing_can_be_proved_it_says_so() -> None:
+    model, example = Clever(free=False), noise(4, 8)
+    profile = torchtrim.profile(model, [example])
+    with pytest.raises(PlanError, match="no layer is left to choose from:\n  a: could not be proved; left whole"):
+        Budget(parameters=0.7).plan(model, example, profile, criterion="l1_norm")
+
+
 def test_a_profile_of_another_model_is_refused() -> None:
     profile = built("locked")[3]
     with pytest.raises(PlanError, match="does not fit the model"):

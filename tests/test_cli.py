@@ -213,6 +213,7 @@ def test_demo_replaces_only_an_earlier_demo(monkeypatch: pytest.MonkeyPatch, tmp
             r"expected either a rule or a budget, found both --rule mean\+1std and --flops",
         ),
         ("--floor 0.2", "expected --floor with a budget"),
+        ("--cap 0.5", "expected --cap with a budget"),
         ("--flops -1", "flops: expected a number above 0, found -1"),
         ("--latency soon", "latency: expected a share below 1, or a time with its unit"),
         ("--train-epochs 1 --zero-tolerance -1", "zero_tolerance: expected a share"),

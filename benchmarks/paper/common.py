@@ -107,6 +107,7 @@ class Experiment:
         kept = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
         if key not in kept:
             kept[key] = work()
+            place.parent.mkdir(parents=True, exist_ok=True)
             write_whole(place, json.dumps(kept, indent=1))
         return kept[key]
 

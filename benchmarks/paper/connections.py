@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 from benchmarks.paper.common import BLUE, GREY, ORANGE, Experiment, at_compression, curve, picture, spread, table
 from torchtrim import Round
-from torchtrim._cost import _latencies
+from torchtrim._cost import latencies_beside
 from torchtrim._lenet import LeNet
 
 SIZES = (3.8, 10, 25)
@@ -124,7 +124,7 @@ def compared(experiment: Experiment, ancestor: nn.Module, rounds: list[Round], s
         images = torch.randn(32, 1, 28, 28)
         torch.testing.assert_close(sparse(images), dense(images), rtol=1e-3, atol=1e-3)
         models = [done.model, dense, sparse]
-        first, *latencies = _latencies([ancestor, *models], images, 0.5)
+        first, *latencies = latencies_beside([ancestor, *models], images, 0.5)
         accuracy = experiment.test(dense)
         for model, latency in zip(models, latencies, strict=True):
             tensors = sparse.tensors() if model is sparse else dict(model.named_parameters())

@@ -2,8 +2,8 @@
 
 import math
 import re
-import statistics
 import warnings
+from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,7 +15,7 @@ from torch import nn
 
 from torchtrim import criteria
 from torchtrim._allot import TOLERANCE, Queue, allot
-from torchtrim._cost import bytes_of, flops_of, measure_beside, parameters_of
+from torchtrim._cost import bytes_of, flops_of, latencies_beside, parameters_of
 from torchtrim._forward import device_of
 from torchtrim._graph import trace
 from torchtrim._history import history
@@ -35,7 +35,7 @@ _TARGETS = ("parameters", "flops", "bytes", "latency")
 _SECONDS = re.compile(r"(\d+\.?\d*|\.\d+)\s*(s|ms|us|µs)")
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 _SECONDS_EACH = 1.0  # that a trimmed model and its original are timed
-_CORRECTIONS = 6  # of what is priced by what is measured
+_CORRECTIONS = 8  # of what is priced by what is measured
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,9 @@ class _Choice:
 
     def made(self) -> Plan:
         best: tuple[float, Plan, dict[str, float]] | None = None
-        timed: list[float] = []
+        measured: list[tuple[dict[str, float], dict[str, float]]] = []  # priced and found
         for _ in range(_CORRECTIONS):
-            plan, kept, notes = self._chosen(refuse=best is None)
+            plan, kept, notes, smallest = self._chosen()
             found, stayed = self._measured(plan)
             if stayed:  # what cannot be proved is left whole; without it, again
                 for group in {self._profile[name].group for name in stayed}:
@@ -202,16 +202,18 @@ class _Choice:
                 self._notes += [f"{', '.join(stayed)}: could not be proved; left whole"]
                 continue
             worst = max(found[name] / target for name, target in self._targets.items())
+            if smallest and worst > 1:
+                self._refuse(found)
             # the nearest below; above, the nearest
             if best is None or _off(worst) < _off(best[0]):
                 best = worst, Plan(plan.layers, plan.source, (*self._notes, *notes), plan.through_norms), found
-            factors = {name: found[name] / (self._priced(name, kept) or 1.0) for name in found}
-            if 1 - TOLERANCE <= worst <= 1 or all(math.isclose(factors[n], self._scale[n]) for n in factors):
+            if 1 - TOLERANCE <= worst <= 1:
                 break
-            if "latency" in found:  # what is measured varies
-                timed = [*timed, factors["latency"]][-3:]
-                factors["latency"] = statistics.median(timed)
-            self._scale = factors
+            priced = {name: self._priced(name, kept) for name in found}
+            if any(priced == before for before, _ in measured):
+                break
+            measured.append((priced, found))
+            self._scale = {name: self._corrected(name, measured) for name in found}
         if best is None:
             raise PlanError(
                 "nothing of what was chosen can be proved; look at the notes of print(trace(model, example))"
@@ -219,8 +221,25 @@ class _Choice:
         worst, plan, found = best
         return Plan(plan.layers, plan.source, (*plan.notes, *self._said(found, worst)), plan.through_norms)
 
-    def _chosen(self, *, refuse: bool) -> tuple[Plan, Kept, list[str]]:
-        """The plan for what things are thought to cost. refuse: whether to raise PlanError where that is too much."""
+    def _corrected(self, name: str, measured: Sequence[tuple[dict[str, float], dict[str, float]]]) -> float:
+        """What to multiply a price with, so that what ends at the target ends there when it is measured.
+
+        Between a plan that was too much and one that was too little, linear; else in proportion to the last.
+        """
+        points = sorted((found[name], priced[name]) for priced, found in measured)
+        target = self._targets[name]
+        goal = target * (1 - TOLERANCE / 2) if name == "latency" else target
+        over = bisect([found for found, _ in points], goal)
+        if 0 < over < len(points):
+            (low, low_price), (high, high_price) = points[over - 1 : over + 1]
+            price = low_price + (high_price - low_price) * (goal - low) / (high - low)
+        else:
+            found, price = points[min(over, len(points) - 1)]
+            price *= goal / found
+        return target / price if price else 1.0
+
+    def _chosen(self) -> tuple[Plan, Kept, list[str], bool]:
+        """The plan for what things are thought to cost, what it keeps, notes, and whether that is still too much."""
         budget, profile, notes = self._budget, self._profile, list[str]()
         widths = profile.widths
         least, most = limits(budget.floor, budget.cap, widths)
@@ -246,8 +265,6 @@ class _Choice:
             raise PlanError("no layer is left to choose from:\n  " + "\n  ".join(self._notes))
         counts, left = allot(queues, excess)
         kept = kept_after(counts)
-        if left > 1 and refuse:
-            self._refuse(kept)
         odd = [name for name, queue in zip(self._scored, queues, strict=True) if queue.odd]
         if odd:
             notes.append(f"{', '.join(odd)}: no smaller width is a multiple of {budget.multiple_of}")
@@ -259,7 +276,7 @@ class _Choice:
             for name, layer in profile.items()
             if name in removed
         }
-        return Plan(plans, self._source, (), profile.through_norms), kept, notes
+        return Plan(plans, self._source, (), profile.through_norms), kept, notes, left > 1
 
     def _cost(self, name: str, kept: Kept) -> float:
         return self._priced(name, kept) * self._scale[name]
@@ -267,12 +284,12 @@ class _Choice:
     def _priced(self, name: str, kept: Kept) -> float:
         return self._latencies.seconds(kept) if name == "latency" else getattr(self._prices, name)(kept)
 
-    def _refuse(self, kept: Kept) -> None:
+    def _refuse(self, smallest: Mapping[str, float]) -> None:
         reached = (
             f"{name}: expected at most {_amount_text(name, target)}, but the smallest that can be reached is "
-            f"{_amount_text(name, smallest)}, {smallest / self._own[name]:.1%} of the model's own"
+            f"{_amount_text(name, smallest[name])}, {smallest[name] / self._own[name]:.1%} of the model's own"
             for name, target in self._targets.items()
-            if (smallest := self._cost(name, kept)) > target
+            if smallest[name] > target
         )
         raise PlanError(
             "the budget is out of reach:\n  "
@@ -294,10 +311,9 @@ class _Choice:
         found: dict[str, float] = {}
         for name in self._targets:
             if name == "latency":
-                before, after = measure_beside([self._model, trimmed], self._graph.example, _SECONDS_EACH)
+                before, after = latencies_beside([self._model, trimmed], self._graph.example, _SECONDS_EACH)
                 # of a share: a machine that is slower just now is so for both
-                share = self._own[name] * after.latency / before.latency
-                found[name] = after.latency if isinstance(self._budget.latency, str) else share
+                found[name] = after if isinstance(self._budget.latency, str) else self._own[name] * after / before
             elif name == "flops":
                 found[name] = flops_of(trimmed, self._graph.example)
             else:

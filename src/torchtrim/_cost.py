@@ -50,7 +50,7 @@ def measure_beside(models: Sequence[nn.Module], example: Any, seconds: float = 0
             bytes_of(model),
             latency,
         )
-        for model, operations, latency in zip(models, flops, _latencies(models, example, seconds), strict=True)
+        for model, operations, latency in zip(models, flops, latencies_beside(models, example, seconds), strict=True)
     ]
 
 
@@ -88,7 +88,8 @@ def _called(model: nn.Module, example: Any, device: str | torch.device | None) -
         model(*args, **kwargs)
 
 
-def _latencies(models: Sequence[nn.Module], example: Any, seconds: float) -> list[float]:
+def latencies_beside(models: Sequence[nn.Module], example: Any, seconds: float = 0.3) -> list[float]:
+    """Seconds of one call of each, the median of its own; models and seconds as for `measure_beside`."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     device = next((tensor.device for model in models for tensor in named_tensors(model).values()), torch.device("cpu"))
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), call_arguments(example))

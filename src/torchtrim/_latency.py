@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from torchtrim._copies import call_arguments, named_modules
-from torchtrim._cost import measure_beside, now
+from torchtrim._cost import latencies_beside, now
 from torchtrim._files import write_whole
 from torchtrim._forward import device_of, left_as_found, moved
 from torchtrim._neurons import Kept, NeuronGraph
@@ -76,7 +76,7 @@ class Latencies:
             if weight in graph.axes:  # else it is computed, or another layer's
                 shape = Shape.of_axes(layer.weight, graph.axes[weight])
                 self._layers.append((shape, grids[name], len(given), outputs))
-        self.whole = measure_beside([model], graph.example)[0].latency
+        (self.whole,) = latencies_beside([model], graph.example)
         self._rest = max(self.whole - sum(float(grid[-1, -1]) * count for _, grid, count, _ in self._layers), 0.0)
         self._outputs = sum(outputs for *_, outputs in self._layers)
 

@@ -146,6 +146,14 @@ Floor = Annotated[
         rich_help_panel=BUDGET,
     ),
 ]
+Cap = Annotated[
+    float | None,
+    typer.Option(
+        metavar="AMOUNT",
+        help="How many of a layer's neurons may stay at most, a share or a number.",
+        rich_help_panel=BUDGET,
+    ),
+]
 MultipleOf = Annotated[
     int | None, typer.Option(metavar="N", help="Leave multiples of so many neurons.", rich_help_panel=BUDGET)
 ]

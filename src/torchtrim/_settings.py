@@ -118,6 +118,7 @@ def rule_asked(
     *,
     latency: str | None,
     floor: float | None,
+    cap: float | None,
     multiple_of: int | None,
     sensitivity: Path | None,
     **targets: float | None,
@@ -129,7 +130,7 @@ def rule_asked(
     found: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
     if latency is not None:
         found["latency"] = _number_or_text(latency)
-    further = {"--floor": floor, "--multiple-of": multiple_of, "--sensitivity": sensitivity}
+    further = {"--floor": floor, "--cap": cap, "--multiple-of": multiple_of, "--sensitivity": sensitivity}
     if not found:
         alone = [name for name, value in further.items() if value is not None]
         if alone:
@@ -140,7 +141,7 @@ def rule_asked(
     if rule is not None:
         raise TorchtrimError(f"expected either a rule or a budget, found both --rule {rule} and --{next(iter(found))}")
     weights = None if sensitivity is None else Sensitivity.load(sensitivity).weights()
-    chosen: dict[str, Any] = {"floor": floor, "multiple_of": multiple_of, "weights": weights}
+    chosen: dict[str, Any] = {"floor": floor, "cap": cap, "multiple_of": multiple_of, "weights": weights}
     return Budget(**found | {name: value for name, value in chosen.items() if value is not None})
 
 
