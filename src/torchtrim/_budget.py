@@ -3,10 +3,10 @@
 import math
 import re
 import warnings
-from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,8 +34,9 @@ PerLayer: TypeAlias = float | Mapping[str, float]
 _TARGETS = ("parameters", "flops", "bytes", "latency")
 _SECONDS = re.compile(r"(\d+\.?\d*|\.\d+)\s*(s|ms|us|µs)")
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
-_SECONDS_EACH = 1.0  # that a trimmed model and its original are timed
+_SECONDS_EACH = 2.0  # that a trimmed model and its original are timed
 _CORRECTIONS = 8  # of what is priced by what is measured
+_STRIDE = 1.5  # times as far as in proportion, since part of a latency does not fall with the widths
 
 
 @dataclass(frozen=True)
@@ -222,21 +223,21 @@ class _Choice:
         return Plan(plan.layers, plan.source, (*plan.notes, *self._said(found, worst)), plan.through_norms)
 
     def _corrected(self, name: str, measured: Sequence[tuple[dict[str, float], dict[str, float]]]) -> float:
-        """What to multiply a price with, so that what ends at the target ends there when it is measured.
-
-        Between a plan that was too much and one that was too little, linear; else in proportion to the last.
-        """
-        points = sorted((found[name], priced[name]) for priced, found in measured)
-        target = self._targets[name]
-        goal = target * (1 - TOLERANCE / 2) if name == "latency" else target
-        over = bisect([found for found, _ in points], goal)
-        if 0 < over < len(points):
-            (low, low_price), (high, high_price) = points[over - 1 : over + 1]
+        """What to multiply a price with, so that what ends at the target ends there when it is measured."""
+        points = [(found[name], priced[name]) for priced, found in measured]
+        found, price = points[-1]
+        if name != "latency":
+            return found / price if price else 1.0
+        # what is timed is no multiple of a price: between a plan that was too slow and one that was too fast, linear
+        goal = self._targets[name] * (1 - TOLERANCE / 2)
+        slow, fast = ([one for one in points if (one[0] > goal) is over] for over in (True, False))
+        if slow and fast:
+            (low, low_price), (high, high_price) = max(fast), min(slow)
             price = low_price + (high_price - low_price) * (goal - low) / (high - low)
-        else:
-            found, price = points[min(over, len(points) - 1)]
-            price *= goal / found
-        return target / price if price else 1.0
+        else:  # so far that the other side is found
+            found, price = min(slow, key=itemgetter(1)) if slow else max(fast, key=itemgetter(1))
+            price *= (goal / found) ** _STRIDE
+        return self._targets[name] / price if price else 1.0
 
     def _chosen(self) -> tuple[Plan, Kept, list[str], bool]:
         """The plan for what things are thought to cost, what it keeps, notes, and whether that is still too much."""
