@@ -9,7 +9,7 @@ import torchtrim
 from test_repair import CONSUMERS, chain, data_for, images, outputs_of, read_by, unfolded
 from torchtrim import Fraction, LayerPlan, Plan, Threshold
 from torchtrim._lenet import LeNet
-from torchtrim.errors import PlanError, ProfileError
+from torchtrim.errors import PlanError, ProfileError, TorchtrimError
 from toys import Net, randomised
 
 
@@ -123,6 +123,18 @@ def test_blocks_bound_the_error_from_above() -> None:
     assert (blocks[1:] > whole[1:]).all()
 
 
+def test_few_positions_give_the_costs_of_all_nearly() -> None:
+    model = chain(nn.Conv2d(8, 4, 3))
+    data = torch.randn(400, 3, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    profile = torchtrim.profile(model, [data])
+    every, few = (
+        -torchtrim.reconstruction(model, data, data.split(100), ["a"], positions=positions)(profile["a"])
+        for positions in (None, 6)
+    )
+    assert (every != few).all()
+    np.testing.assert_allclose(np.sort(few), np.sort(every), rtol=0.1)
+
+
 def test_models_and_random_state_are_left_as_found() -> None:
     model = LeNet().train()
     data = torch.randn(20, 1, 28, 28)
@@ -141,6 +153,8 @@ def test_what_cannot_be_measured_is_said() -> None:
         torchtrim.reconstruction(model, data, [data], ["c"])
     with pytest.raises(ProfileError, match="read several times"):
         torchtrim.reconstruction(model, data, iter([data]))
+    with pytest.raises(TorchtrimError, match="at least 1 position"):
+        torchtrim.reconstruction(model, data, [data], positions=0)
     with pytest.raises(ProfileError, match="not finite"):
         torchtrim.reconstruction(model, data, [data * float("nan")])
     criterion = torchtrim.reconstruction(model, data, [data], ["a"])

@@ -122,6 +122,49 @@ def test_the_squared_error_never_rises(build: Callable[[], nn.Module], block: in
     assert after < before
 
 
+class Tokens(nn.Module):
+    """A linear layer that reads rows of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu().flatten(2).mT)
+
+
+@pytest.mark.parametrize("build", [*list(CONSUMERS.values())[2:], None], ids=[*list(CONSUMERS)[2:], "tokens"])
+def test_few_positions_do_where_what_is_gone_can_be_made_up_for(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes are multiples of other neurons, so that any rows give the layer back what it lost everywhere."""
+    model = chain(build()) if build else Tokens().double()
+    with torch.no_grad():
+        for tensor in (model.a.weight, model.a.bias):
+            tensor[[1, 2]], tensor[[5, 6]] = 2 * tensor[[0, 3]], tensor[[4, 7]] / 2
+    data = images(40, 3, 9, 8)
+    small = torchtrim.trim(model, PLAN, data)
+    added: list[int] = []
+    add = Moments.add
+    monkeypatch.setattr(Moments, "add", lambda self, rows: (added.append(rows.shape[1]), add(self, rows)))
+    repaired = torchtrim.repair(small, model, data, data.split(10), ridge=1e-12, positions=5)
+    assert added[:4] == [50] * 4
+    lost, left = (read_by(one, "b", data)[1] - read_by(model, "b", data)[1] for one in (small, repaired))
+    assert left.abs().max() < 1e-4 * lost.abs().max()
+
+
+def test_positions_are_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one position of each batch, a layer that reads positions as channels sees several."""
+    model = Tokens().double()
+    data = images(1, 3, 9, 8).expand(30, 3, 9, 8)
+    small = torchtrim.trim(model, PLAN, data)
+    read: list[Tensor] = []
+    add = Moments.add
+    monkeypatch.setattr(Moments, "add", lambda self, rows: (read.append(rows), add(self, rows)))
+    state = torch.random.get_rng_state()
+    torchtrim.repair(small, model, data, data.split(1), positions=1)
+    assert len(torch.cat(read, 1)[0].unique(dim=0)) > 10
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
 # ------------------------------------------------------------------ mean
 
 
@@ -523,6 +566,7 @@ def test_a_repaired_model_is_saved_and_trimmed_again(tmp_path) -> None:
         ({"how": ("least-squares", "mean")}, TorchtrimError, '"mean" first'),
         ({"ridge": 0.0}, TorchtrimError, "ridge above 0"),
         ({"block": 0}, TorchtrimError, "at least 1 input"),
+        ({"positions": 0}, TorchtrimError, "at least 1 position"),
         ({"batches": iter([])}, ProfileError, "read several times"),
         ({"batches": torch.zeros(2, 5)}, ProfileError, "read several times"),
         ({"batches": []}, ProfileError, "at least one batch"),

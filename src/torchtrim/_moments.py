@@ -3,6 +3,7 @@
 Least squares from second moments: nothing of a batch is kept but sums, in double precision.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -150,33 +151,54 @@ def pieces(module: Reader, block: int) -> list[slice]:
     return [slice(width * place // count, width * (place + 1) // count) for place in range(count)]
 
 
-def rows(module: Reader, inputs: Tensor, outputs: Tensor, channels: slice) -> Iterator[tuple[Tensor, Tensor]]:
+def rows(
+    module: Reader, inputs: Tensor, outputs: Tensor, channels: slice, positions: int | None = None, seed: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """What a layer reads at each output position of these input channels (of each group), and outputs there.
 
     In pieces of bounded size: float64 [groups, rows, features], float64 [groups, rows, outputs of a group].
+    positions: at most so many of an example's, drawn anew for each piece; the seed decides which.
     """
+    draw = torch.Generator().manual_seed(seed)
     if isinstance(module, nn.Linear):
-        yield inputs[..., channels].reshape(1, -1, inputs[..., channels].shape[-1]).double(), _flat(outputs)
+        read = inputs[..., channels]
+        if read.ndim > 2 and (places := _drawn(read.shape[1:-1], positions, draw)) is not None:
+            read, outputs = (one.flatten(1, -2)[:, places.to(one.device)] for one in (read, outputs))
+        yield _flat(read), _flat(outputs)
         return
     space = len(module.kernel_size)
     if inputs.ndim == space + 1:  # a single image, not in a batch
         inputs, outputs = inputs.unsqueeze(0), outputs.unsqueeze(0)
     width = len(range(*channels.indices(module.weight.shape[1]))) * features(module) * module.groups
-    step = max(1, _PIECE // (outputs[0, 0].numel() * width))
+    seen = min(outputs[0, 0].numel(), positions or math.inf)
+    step = max(1, int(_PIECE // (seen * width)))
     for some, theirs in zip(inputs.split(step), outputs.split(step), strict=True):
-        yield _patches(module, some, channels), _positions(theirs, module.groups)
+        places = _drawn(theirs.shape[2:], positions, draw)
+        yield _patches(module, some, channels, places), _positions(theirs, module.groups, places)
 
 
-def _flat(outputs: Tensor) -> Tensor:
-    return outputs.reshape(1, -1, outputs.shape[-1]).double()
+def _drawn(shape: torch.Size, positions: int | None, draw: torch.Generator) -> Tensor | None:
+    """Some of the positions, int64 [positions], flat; None: all of them."""
+    if positions is None or positions >= shape.numel():
+        return None
+    return torch.randperm(shape.numel(), generator=draw)[:positions]
 
 
-def _positions(outputs: Tensor, groups: int) -> Tensor:
+def _flat(values: Tensor) -> Tensor:
+    return values.reshape(1, -1, values.shape[-1]).double()
+
+
+def _positions(outputs: Tensor, groups: int, places: Tensor | None) -> Tensor:
     """[images, outputs, …] as [groups, images · positions, outputs of a group]."""
-    return outputs.unflatten(1, (groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2).double()
+    seen = outputs.unflatten(1, (groups, -1)).flatten(3)
+    if places is not None:
+        seen = seen[..., places.to(seen.device)]
+    return seen.permute(1, 0, 3, 2).flatten(1, 2).double()
 
 
-def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, images: Tensor, channels: slice) -> Tensor:
+def _patches(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d, images: Tensor, channels: slice, places: Tensor | None
+) -> Tensor:
     space = len(module.kernel_size)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     seen = F.pad(images, _padding(module), mode).unflatten(1, (module.groups, -1))[:, :, channels]
@@ -184,7 +206,10 @@ def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, images: Tensor, channels
         zip(module.kernel_size, module.stride, module.dilation, strict=True)
     ):
         seen = seen.unfold(3 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    images_and_places, kernel = (0, *range(3, 3 + space)), range(3 + space, 3 + 2 * space)
+    if places is not None:
+        seen = seen[:, :, :, *torch.unravel_index(places.to(seen.device), seen.shape[3 : 3 + space])]
+        space = 1
+    images_and_places, kernel = (0, *range(3, 3 + space)), range(3 + space, seen.ndim)
     seen = seen.permute(1, *images_and_places, 2, *kernel)
     return seen.flatten(2 + space).flatten(1, 1 + space).double()
 

@@ -25,7 +25,7 @@ from torchtrim._neurons import Layer, NeuronGraph
 from torchtrim._select import check_layers
 from torchtrim._unmeasured import unmeasured
 from torchtrim.criteria import Criterion, Floats, LayerProfile
-from torchtrim.errors import PlanError, ProfileError
+from torchtrim.errors import PlanError, ProfileError, TorchtrimError
 
 _EXACT = 256  # neurons left, up to which they go one by one; of more, as many at once as there are times as many
 
@@ -39,6 +39,7 @@ def reconstruction(
     forward: Forward | None = None,
     ridge: float = 1e-3,
     block: int = 6144,
+    positions: int | None = None,
     through_norms: bool = False,
 ) -> Criterion:
     """A criterion for `select`: minus the error of what reads a layer, once a neuron and all before it are gone.
@@ -49,18 +50,22 @@ def reconstruction(
     1 %; other rules mean little here. Each group of layers is looked at alone, the others being whole.
 
     example: as for `trim`; what `trace` found will do. batches, forward: as for `profile`; a pass over them for as many
-    layers as `block` has room for. layers: as for `select`. ridge, block: as for `repair`; a layer with more inputs
-    than `block` is looked at by blocks, each of which has to make up for its own. through_norms: as for `trace`.
+    layers as `block` has room for. layers: as for `select`. ridge, block, positions: as for `repair`; a layer with more
+    inputs than `block` is looked at by blocks, each of which has to make up for its own. through_norms: as for `trace`.
 
     Raises PlanError: layers that are unknown or locked, or that no linear or convolutional layer reads. Raises
     ProfileError: batches that do not fit.
     """
+    if positions is not None and positions < 1:
+        raise TorchtrimError(
+            f"reconstruction: expected at least 1 position of an example, or None for all, found {positions!r}"
+        )
     graph = example if isinstance(example, NeuronGraph) else trace(model, example, through_norms=through_norms)
     profile = unmeasured(model, graph)
     check_layers(profile, layers)
     data = Calibration(batches, forward)
     chosen = _chosen(graph, layers)
-    readers = _measured(model, graph, chosen, data, ridge, block)
+    readers = _measured(model, graph, chosen, data, ridge, block, positions)
     cost = np.full(len(graph.root), np.nan)
     for group in dict.fromkeys(layer.group for layer in chosen.values()):
         units = [layer.roots[layer.removable] for layer in chosen.values() if layer.group == group]
@@ -104,7 +109,13 @@ def _chosen(graph: NeuronGraph, layers: Sequence[str] | None) -> dict[str, Layer
 
 
 def _measured(
-    model: nn.Module, graph: NeuronGraph, chosen: Mapping[str, Layer], data: Calibration, ridge: float, block: int
+    model: nn.Module,
+    graph: NeuronGraph,
+    chosen: Mapping[str, Layer],
+    data: Calibration,
+    ridge: float,
+    block: int,
+    positions: int | None,
 ) -> list["_Reader"]:
     """What reads the layers, with the moments of all that it reads, of the model as it is."""
     kept = np.ones(len(graph.root), bool)
@@ -116,7 +127,8 @@ def _measured(
     for consumer in found:
         module = modules[consumer.name]
         roots = graph.axes[f"{consumer.name}.weight".lstrip(".")][1]
-        waiting += [_Reader(consumer, module, columns, roots[columns]) for columns in pieces(module, block)]
+        parts = pieces(module, block)
+        waiting += [_Reader(consumer, module, columns, roots[columns], positions) for columns in parts]
     ready = list(waiting)
     with as_found(model):
         while waiting:
@@ -147,8 +159,8 @@ class _Reader:
     roots: int64 [input channels of the block], the neuron that each is of.
     """
 
-    def __init__(self, consumer: Consumer, module: Reader, columns: slice, roots: Atoms) -> None:
-        self.name, self.module, self.columns = consumer.name, module, columns
+    def __init__(self, consumer: Consumer, module: Reader, columns: slice, roots: Atoms, positions: int | None) -> None:
+        self.name, self.module, self.columns, self.positions = consumer.name, module, columns, positions
         self.centred = module.bias is not None or consumer.norm is not None
         self.moments = Moments()
         owners = np.repeat(roots, features(module))
@@ -156,7 +168,7 @@ class _Reader:
         self.size = groups(module) * owners.size**2
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        for read, _ in rows(self.module, inputs, outputs, self.columns):
+        for read, _ in rows(self.module, inputs, outputs, self.columns, self.positions, self.moments.count):
             self.moments.add(read)
 
     def solve(self, ridge: float) -> None:

@@ -42,6 +42,7 @@ def repair(
     forward: Forward | None = None,
     ridge: float = 1e-3,
     block: int = 6144,
+    positions: int | None = None,
 ) -> nn.Module:
     """A new model that makes up for what `trim` removed; `trimmed` and `original` are untouched.
 
@@ -62,7 +63,9 @@ def repair(
     - "batchnorm": the mean and variance of each batch norm are those of the data. One pass of the trimmed model, in
       which batches are normalised by themselves; so let them be as large as in training.
 
-    ridge: how much a change of weights costs, relative to the mean variance of the inputs.
+    ridge: how much a change of weights costs, relative to the mean variance of the inputs. positions: at how many of an
+    example's output positions least squares looks, drawn at random; by default at all. The error that never rises is
+    then of those.
 
     Parameters that are frozen stay as they are, as do the statistics of batch norms that are frozen; so do layers that
     share their weights, compute them, or are neither linear nor convolutional. A TorchtrimWarning lists those.
@@ -74,10 +77,14 @@ def repair(
         raise TorchtrimError(f"repair: expected a finite ridge above 0, found {ridge!r}")
     if block < 1:
         raise TorchtrimError(f"repair: expected blocks of at least 1 input, found {block!r}")
+    if positions is not None and positions < 1:
+        raise TorchtrimError(
+            f"repair: expected at least 1 position of an example, or None for all, found {positions!r}"
+        )
     data = Calibration(batches, forward)
     graph, kept = _what_is_left(original, trimmed, example)
     repaired = rebuild(trimmed, {name: tensor.detach().clone() for name, tensor in named_tensors(trimmed).items()})
-    work = _Work(original, repaired, graph, kept, data)
+    work = _Work(original, repaired, graph, kept, data, positions)
     with as_found(original, repaired):
         for way in ways:
             match way:
@@ -179,9 +186,10 @@ class _Work:
         graph: NeuronGraph,
         kept: Kept,
         data: Calibration,
+        positions: int | None,
     ) -> None:
         self.original, self.repaired = original, repaired
-        self.graph, self.data = graph, data
+        self.graph, self.data, self.positions = graph, data, positions
         found, self.notes = consumers(original, graph, kept)
         self.consumers = {consumer.name: consumer for consumer in found}
         self.theirs = cast(Mapping[str, Any], named_modules(original))
@@ -254,7 +262,8 @@ class _Work:
             lacking = wanted.to(outputs.device).double() - outputs.double()
             if shift is not None:
                 lacking = lacking - shift.view(-1, *[1] * (lacking.ndim - 1 - want.axis(lacking)))
-            for read, lacked in rows(task.module, inputs, lacking, task.columns):
+            seed = task.residuals.count  # so that tasks that share their moments look at the same positions
+            for read, lacked in rows(task.module, inputs, lacking, task.columns, self.positions, seed):
                 if task.leads:
                     task.moments.add(read)
                 task.residuals.add(read, lacked)
