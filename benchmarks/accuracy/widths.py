@@ -45,16 +45,20 @@ class Uniform:
         groups = scored_groups(profile, None, "l1_norm")
         self.units = {group: scores.size for group, (scores, _) in groups.items()}
         self.whole = flops(model, example)
+        self._counts: dict[float, dict[str, int]] = {}
 
     def counts(self, times: float) -> dict[str, int]:
         """Units that each group loses for so many times fewer FLOPs, whichever they are."""
+        if times in self._counts:
+            return self._counts[times]
         steps = sum(self.units.values()) - len(self.units)
 
         def size(step: int) -> float:
             plan = self._plan(uniform(self.profile, self.units, step), "l1_norm")
             return flops(torchtrim.trim(self.model, plan, self.graph), self.example)
 
-        return uniform(self.profile, self.units, nearest_size(size, steps, self.whole / times))
+        found = self._counts[times] = uniform(self.profile, self.units, nearest_size(size, steps, self.whole / times))
+        return found
 
     def plan(self, times: float, criterion: Criterion | str) -> Plan:
         return self._plan(self.counts(times), criterion)
