@@ -169,6 +169,7 @@ def test_what_says_little_is_told() -> None:
     with pytest.warns(TorchtrimWarning, match="few examples: half of the neurons' APoZ is known to ± "):
         profile(silent, [torch.randn(20, 4)])
     assert profile(silent, data).notes == ()
+    assert profile(silent.append(nn.Sigmoid()), data).notes == ()  # what the model gives out is never zero, and stays
     with torch.no_grad():
         silent[0].bias.fill_(-1e9)
     with pytest.warns(TorchtrimWarning, match="all neurons have the same APoZ in 0"):

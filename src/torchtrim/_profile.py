@@ -111,7 +111,8 @@ class Profile(Mapping[str, LayerProfile]):
         notes = notes if typical > _TOO_WIDE else []
         if self.partial:
             notes.insert(0, f"partial: measuring was interrupted after {self.examples:,} examples")
-        constant = [layer.name for layer in seen if layer.width > 1 and np.ptp(layer.apoz) == 0]
+        free = [layer for layer in seen if layer.locked is None]  # of the others nobody chooses
+        constant = [layer.name for layer in free if layer.width > 1 and np.ptp(layer.apoz) == 0]
         without = [name for name in constant if not self[name].zeros.any()]
         if without:
             how = "a larger zero_tolerance" if self.zero_tolerance else "zero_tolerance=0.01"
