@@ -232,7 +232,8 @@ Kim) have the MIT licence. It was trained on six collections of music and singin
 All that decides is {4 * DECIDING * len(sounds.DECIDING)} frames of sounds that are made from nothing, of four kinds
 ({_names(sounds.DECIDING)}), without their pitches. All that is reported is of
 {4 * TESTING * len(sounds.TESTING)} frames of four other kinds ({_names(sounds.TESTING)}), at 60 to
-1,200 Hz, steady, gliding or with vibrato, with noise at 5 to 40 dB. Nothing is retrained, but in the last table.
+1,200 Hz, steady, gliding or with vibrato, with noise at 5 to 40 dB. Seeds of sounds: {len(whole)}.
+Nothing is retrained, but in the last table.
 
 - *pitch right*: raw pitch accuracy, the share of frames within {CLOSE:.0f} cents of the true pitch. *pitch as before*:
   within {CLOSE:.0f} cents of what the whole network says. *bin as before*: the same bin is the highest. All in %.
@@ -260,15 +261,14 @@ on the sounds that decide is {", ".join(f"{share:.0f} % in {layer}" for layer, s
     text += f"""
 ## Latency
 
-So many times faster than the whole network, both timed in turns in one process. Narrower is not faster at once: this
-CPU's convolutions are made for widths that are multiples of 8 or 16.
+So many times faster than the whole network, both timed in turns in one process.
 
 {table(["fewer FLOPs", "one frame", f"{BATCH} frames"], rows)}
 ## Distilled
 
 Cut to {DISTILLED_TIMES}× fewer FLOPs, and then trained to what the whole network makes of
 {4 * DISTILLING * len(sounds.DECIDING):,} more frames of the kinds that decide, without labels: Adam, {EPOCHS} epochs,
-a one-cycle rate of {RATE:g}.
+a one-cycle rate of {RATE:g}, batch norms as they are.
 
 """
     rows = [[f"{key[1]}, {key[2]}", key[3], *_cells(cell)] for key, cell in found.items() if key[0] == "distilled"]
@@ -305,7 +305,9 @@ def _draw(axes: Sequence[Axes], found: Results, right: Sequence[float]) -> None:
         axis.set_xticks(TIMES, [f"{times}×" for times in TIMES])
         axis.set_xticks([], minor=True)
     axes[0].axhline(float(np.mean(right)), c="black", lw=0.8, ls="--", label="the whole network")
-    axes[0].legend(frameon=False, fontsize=7)
+    axes[-1].legend(
+        *axes[0].get_legend_handles_labels(), frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
 
 
 if __name__ == "__main__":
