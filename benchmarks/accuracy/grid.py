@@ -236,7 +236,7 @@ of a column is bold. ± is the standard deviation over seeds, which are those fr
 below 0.2 points on MNIST and half a point on Fashion-MNIST say little.
 
 - *chosen by*: `reconstruction` removes, one by one, the neuron without which the next layer can be refitted best;
-  `random:0` removes the same ones of every ancestor. Nothing but the 5,000 calibration images is looked at.
+  `random:0` removes the same ones of every ancestor. All look at the 5,000 calibration images alone.
 - *repair*, from the same images: *mean* folds the means of what is gone into biases, *least squares* is that refitting.
 - Retraining is alike for all: on the 55,000 images, at a rate of up to {rate:g}. To keep it short it is given to the
   paper's criterion, to chance, and to the best without retraining, repaired by least squares or not, at the paper's
