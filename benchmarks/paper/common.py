@@ -111,8 +111,8 @@ class Experiment:
             write_whole(place, json.dumps(kept, indent=1))
         return kept[key]
 
-    def write(self, title: str, text: str, figure: Figure | None = None) -> None:
-        """The page and its picture in the folder of results."""
+    def write(self, title: str, text: str, figure: Figure | None = None, seeds: Sequence[int] | None = None) -> None:
+        """The page and its picture in the folder of results. seeds: what ± is over, if not all; () if the page says."""
         self.results.mkdir(parents=True, exist_ok=True)
         head = f"# {title}\n\n"
         if figure is not None:
@@ -123,8 +123,9 @@ class Experiment:
             f"\nMeasured by `{self.command}` with PyTorch {torch.__version__.partition('+')[0]} on {threads} CPU "
             f"thread{'s' * (threads > 1)}."
         )
-        if len(self.seeds) > 1:
-            foot += f" ± is the standard deviation over seeds {', '.join(map(str, self.seeds))}."
+        seeds = self.seeds if seeds is None else seeds
+        if len(seeds) > 1:
+            foot += f" ± is the standard deviation over seeds {', '.join(map(str, seeds))}."
         page = self.results / f"{self.name}.md"
         page.write_text(head + text.strip() + "\n" + foot + "\n", encoding="utf-8")
         print(page.read_text(encoding="utf-8"))
@@ -161,12 +162,12 @@ def curve(
     axis.set_xticks([], minor=True)
 
 
-def picture(columns: int, draw: Callable[[Sequence[Axes]], None]) -> Figure:
-    """A row of plots in the style of all pages."""
-    figure = Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+def picture(columns: int, draw: Callable[[Sequence[Axes]], None], rows: int = 1) -> Figure:
+    """Plots in the style of all pages, row by row."""
+    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.3)
-    draw(list(axes))
+    draw(axes)
     return figure
