@@ -129,7 +129,7 @@ def main() -> None:
         "Latency",
         f"""
 Networks of torchvision with random weights, whose widths are all that matters here, on images of 224 × 224, and LeNet
-on one of 28 × 28. Neurons were drawn at random, over all layers. All networks of a line were timed in turns.
+on 32 of 28 × 28. Neurons were drawn at random, over all layers. All networks of a line were timed in turns.
 
 ## At half the FLOPs
 
@@ -139,7 +139,8 @@ FLOPs it has: 1 where all that is saved in FLOPs is saved in time.
 {table(["", "whole", *(f"multiples of {one}" for one in MULTIPLES)], rows)}
 ## At half the latency
 
-`Budget(latency=0.5)`, of one image in PyTorch. The latency that is left was measured again once the plan was made.
+`Budget(latency=0.5)` in PyTorch, of one image, or of LeNet's 32. The latency that is left was
+measured again once the plan was made.
 
 {table(["", "whole", "left", "to trace, measure, plan and trim"], halved)}""",
     )
