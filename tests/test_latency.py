@@ -12,7 +12,7 @@ from test_budget import built, noise
 from torchtrim import Budget, _budget, _latency
 from torchtrim._cost import flops_of, parameters_of
 from torchtrim._latency import SHARES, Latencies, LatencyTable, interpolated
-from torchtrim.errors import StoreError
+from torchtrim.errors import PlanError, StoreError
 
 CPU = torch.device("cpu")
 
@@ -92,3 +92,13 @@ def test_a_table_is_kept_and_refused_elsewhere(tmp_path: Path) -> None:
         path.write_text(damaged)
         with pytest.raises(StoreError, match="expected latencies that a Budget wrote"):
             LatencyTable(CPU, path)
+
+
+def test_out_of_reach_is_said_of_what_was_measured(monkeypatch) -> None:
+    made_up(monkeypatch)
+    model, _, graph, profile = built("LeNet")
+    with pytest.raises(PlanError, match=r"latency: .* the smallest that can be reached is ([\d.]+) ms") as caught:
+        Budget(latency="1 us").plan(model, graph, profile, criterion="l1_norm")
+    smallest = float(str(caught.value).partition("reached is ")[2].partition(" ms")[0])
+    plan = Budget(latency=f"{1.01 * smallest} ms").plan(model, graph, profile, criterion="l1_norm")
+    assert 1e-6 * (2 * parameters_of(torchtrim.trim(model, plan, graph)) + 1000) <= 1.01 * smallest

@@ -1,20 +1,19 @@
 """Neurons chosen over all layers at once, so that what is left of a model meets a budget."""
 
 import math
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from torchtrim import criteria
 from torchtrim._allot import TOLERANCE, Queue, allot
+from torchtrim._amounts import PerLayer, amount, amount_asked, amount_text, is_latency, limits, per_layer, positive
 from torchtrim._cost import bytes_of, flops_of, latencies_beside, parameters_of
 from torchtrim._forward import device_of
 from torchtrim._graph import trace
@@ -27,13 +26,9 @@ from torchtrim._profile import Profile
 from torchtrim._select import observed_groups
 from torchtrim._surgery import trim
 from torchtrim.criteria import Criterion, Floats, Integers
-from torchtrim.errors import PlanError, TorchtrimWarning, nearest
-
-PerLayer: TypeAlias = float | Mapping[str, float]
+from torchtrim.errors import PlanError, TorchtrimWarning
 
 _TARGETS = ("parameters", "flops", "bytes", "latency")
-_SECONDS = re.compile(r"(\d+\.?\d*|\.\d+)\s*(s|ms|us|µs)")
-_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 _SECONDS_EACH = 2.0  # that a trimmed model and its original are timed
 _CORRECTIONS = 8  # of what is priced by what is measured
 _STRIDE = 1.5  # times as far as in proportion, since part of a latency does not fall with the widths
@@ -70,9 +65,9 @@ class Budget:
         faults = [
             f"{name}: expected a number above 0, found {value!r}"
             for name in ("parameters", "flops", "bytes")
-            if (value := getattr(self, name)) is not None and not _positive(value)
+            if (value := getattr(self, name)) is not None and not positive(value)
         ]
-        if self.latency is not None and not _is_latency(self.latency):
+        if self.latency is not None and not is_latency(self.latency):
             faults.append(
                 f'latency: expected a share below 1, or a time with its unit such as "12 ms", found {self.latency!r}'
             )
@@ -84,7 +79,7 @@ class Budget:
             faults += [
                 f"{name}: expected numbers {'of at least' if name == 'floor' else 'above'} 0, found {value!r}"
                 for value in values
-                if not (_positive(value) or (name == "floor" and value == 0))
+                if not (positive(value) or (name == "floor" and value == 0))
             ]
         if type(self.multiple_of) is not int or self.multiple_of < 1:
             faults.append(f"multiple_of: expected a whole number of at least 1, found {self.multiple_of!r}")
@@ -147,7 +142,7 @@ class Budget:
         return {name: value for name in _TARGETS if (value := getattr(self, name)) is not None}
 
     def __str__(self) -> str:
-        targets = (f"{name} {_text(name, value)}" for name, value in self.asked.items())
+        targets = (f"{name} {amount_asked(name, value)}" for name, value in self.asked.items())
         return ", ".join(targets)
 
 
@@ -287,8 +282,8 @@ class _Choice:
 
     def _refuse(self, smallest: Mapping[str, float]) -> None:
         reached = (
-            f"{name}: expected at most {_amount_text(name, target)}, but the smallest that can be reached is "
-            f"{_amount_text(name, smallest[name])}, {smallest[name] / self._own[name]:.1%} of the model's own"
+            f"{name}: expected at most {amount_text(name, target)}, but the smallest that can be reached is "
+            f"{amount_text(name, smallest[name])}, {smallest[name] / self._own[name]:.1%} of the model's own"
             for name, target in self._targets.items()
             if smallest[name] > target
         )
@@ -324,8 +319,8 @@ class _Choice:
     def _said(self, found: Mapping[str, float], worst: float) -> list[str]:
         """What it comes to, and how it differs from what was asked."""
         said = [
-            f"{name}: {_amount_text(name, self._own[name])} → {_amount_text(name, found[name])}, "
-            f"at most {_amount_text(name, target)} asked"
+            f"{name}: {amount_text(name, self._own[name])} → {amount_text(name, found[name])}, "
+            f"at most {amount_text(name, target)} asked"
             for name, target in self._targets.items()
         ]
         if worst > 1:
@@ -351,35 +346,6 @@ def importance(scores: Floats, criterion: Criterion) -> Floats:
     return lost / (math.sqrt(np.square(lost).mean()) or 1.0)
 
 
-def limits(floor: PerLayer, cap: PerLayer | None, widths: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """By layer, how many neurons must stay at least, and may at most."""
-    floors, caps = per_layer("floor", floor, widths, 0.0), per_layer("cap", cap or {}, widths, math.inf)
-    least, most, faults = dict[str, int](), dict[str, int](), list[str]()
-    for name, width in widths.items():
-        low, high = floors[name], caps[name]
-        least[name] = min(max(1, math.ceil(low * width - 1e-9 if low < 1 else low)), width)
-        most[name] = max(1, math.floor(high * width + 1e-9)) if high < 1 else int(min(high, width))
-        if least[name] > most[name]:
-            faults.append(f"layer {name!r}: the floor of {least[name]} neurons is above the cap of {most[name]}")
-    if faults:
-        raise PlanError("\n".join([*faults, "lower the floor, or raise the cap"]))
-    return least, most
-
-
-def per_layer(what: str, given: PerLayer, names: Iterable[str], default: float) -> dict[str, float]:
-    """A number for each layer. Raises PlanError for names and patterns that fit none."""
-    names = list(names)
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(names, given)
-    unknown = [one for one in given if not any(one == name or fnmatchcase(name, one) for name in names)]
-    if unknown:
-        raise PlanError("\n".join(f"{what}: unknown layer {one!r}{nearest(one, names)}" for one in unknown))
-    return {
-        name: next((value for one, value in given.items() if one == name or fnmatchcase(name, one)), default)
-        for name in names
-    }
-
-
 def _roots_of_units(graph: NeuronGraph, profile: Profile, places: Mapping[str, Integers], count: int) -> list[Integers]:
     """The roots of each unit of a group."""
     roots = np.concatenate([graph.layers[name].roots[profile[name].unit >= 0] for name in places])
@@ -391,31 +357,3 @@ def _roots_of_units(graph: NeuronGraph, profile: Profile, places: Mapping[str, I
 
 def _off(worst: float) -> tuple[bool, float]:
     return worst > 1, abs(worst - 1)
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-
-
-def _is_latency(value: Any) -> bool:
-    if isinstance(value, str):
-        found = _SECONDS.fullmatch(value.strip())
-        return found is not None and float(found[1]) > 0
-    return _positive(value) and value < 1
-
-
-def amount(value: float | str, own: float) -> float:
-    """A target in the unit of what is counted. own: what the model has."""
-    if isinstance(value, str):
-        found = _SECONDS.fullmatch(value.strip())
-        assert found
-        return float(found[1]) * _UNITS[found[2]]
-    return value * own if value < 1 else value
-
-
-def _amount_text(name: str, amount: float) -> str:
-    return f"{1000 * amount:.3g} ms" if name == "latency" else f"{amount:,.0f}"
-
-
-def _text(name: str, value: float | str) -> str:
-    return value if isinstance(value, str) else f"{100 * value:g} %" if value < 1 else _amount_text(name, value)

@@ -4,7 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from torchtrim._allot import TOLERANCE
-from torchtrim._budget import Budget, amount, limits, per_layer
+from torchtrim._amounts import amount, limits, per_layer
+from torchtrim._budget import Budget
 from torchtrim._cost import Cost
 
 
