@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock  # PyTorch depends on it
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import Progress
@@ -40,6 +41,10 @@ class Experiment:
         parser.add_argument("--results", type=Path, default=Path("docs/results"), help="where the page goes")
         parser.add_argument("--runs", type=Path, default=Path(runs), help="where trained models are kept")
         parser.add_argument("--data", default=data, help="another copy of the data, idx:DIR (default %(default)s)")
+        parser.add_argument("--jobs", type=int, default=1, help="processes that measure, where the benchmark has parts")
+        parser.add_argument(
+            "--published", action="store_true", help="go on from the figures beside the page, not from none"
+        )
         options = parser.parse_args()
         self.name = module.rpartition(".")[2].replace("_", "-")
         self.command = f"python -m {module}" + (f" --seeds {options.seeds}" if options.seeds != seeds else "")
@@ -47,7 +52,13 @@ class Experiment:
         self.results: Path = options.results
         self.runs: Path = options.runs
         self.source: str = options.data
+        self.jobs: int = options.jobs
         self.progress: Progress = training_progress()
+        self._kept = self.runs / f"{self.name}.json"
+        self._published = self.results / self._kept.name
+        if options.published and self._published.exists() and not self._kept.exists():
+            self._kept.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._kept, self._published.read_bytes())
 
     @cached_property
     def data(self) -> Data:
@@ -102,14 +113,16 @@ class Experiment:
             return ancestor, [*done, *directory.record(going)]
 
     def once(self, key: str, work: Callable[[], list[float]]) -> list[float]:
-        """What `work` measured under this key, now or in an earlier run that was interrupted."""
-        place = self.runs / f"{self.name}.json"
-        kept = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
-        if key not in kept:
-            kept[key] = work()
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(place, json.dumps(kept, indent=1))
-        return kept[key]
+        """What `work` measured under this key, now, in an earlier run that was interrupted, or in another process."""
+        if (values := self._figures().get(key)) is None:
+            values = work()
+            self._kept.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._kept.with_suffix(".lock")):
+                write_whole(self._kept, json.dumps(self._figures() | {key: values}, indent=1))
+        return values
+
+    def _figures(self) -> dict[str, list[float]]:
+        return json.loads(self._kept.read_text(encoding="utf-8")) if self._kept.exists() else {}
 
     def write(self, title: str, text: str, figure: Figure | None = None, seeds: Sequence[int] | None = None) -> None:
         """The page and its picture in the folder of results. seeds: what ± is over, if not all; () if the page says."""
@@ -126,6 +139,9 @@ class Experiment:
         seeds = self.seeds if seeds is None else seeds
         if len(seeds) > 1:
             foot += f" ± is the standard deviation over seeds {', '.join(map(str, seeds))}."
+        if self._kept.exists():
+            write_whole(self._published, self._kept.read_bytes())
+            foot += f" Every figure: [{self._published.name}]({self._published.name})."
         page = self.results / f"{self.name}.md"
         page.write_text(head + text.strip() + "\n" + foot + "\n", encoding="utf-8")
         print(page.read_text(encoding="utf-8"))
