@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from torchtrim._allot import TOLERANCE, Queue, allot
+from torchtrim._allot import TOLERANCE, Queue, _slopes, allot, by_savings
 from torchtrim.errors import PlanError
 
 
@@ -91,3 +91,52 @@ def test_out_of_reach_is_told_by_what_is_left() -> None:
 def test_nothing_goes_where_nothing_needs_to() -> None:
     assert allot([queue(range(4))], lambda gone: 0.5)[0].tolist() == [0]
     assert allot([queue(range(4), most=3)], lambda gone: 0.5)[0].tolist() == [1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("chained", [False, True], ids=["sums", "products"])
+def test_what_is_lost_for_what_is_saved_is_near_the_least_there_is(seed: int, chained: bool) -> None:
+    """Against all choices: where each group costs by itself, and where layers multiply, inputs times outputs."""
+    random = np.random.default_rng(seed)
+    sizes = (12, 9, 7)
+    queues = [queue(np.arange(float(size))) for size in sizes]
+    # convex curves of other heights and bends, with a little noise on them
+    losses = [
+        np.cumsum(np.sort(random.random(size - 1)) ** random.uniform(1, 4)) * random.uniform(0.2, 5) for size in sizes
+    ]
+    costs = random.uniform(0.5, 4, 4)
+
+    def excess(gone):
+        left = np.array(sizes) - gone
+        widths = np.array([3, *left, 5])
+        found, whole = (
+            (widths[:-1] * widths[1:] * costs).sum() if chained else (left * costs[:3]).sum(),
+            (np.array([3, *sizes]) * np.array([*sizes, 5]) * costs).sum() if chained else (sizes * costs[:3]).sum(),
+        )
+        return float(found / (0.5 * whole))
+
+    def lost(gone):
+        return sum(loss[count - 1] for loss, count in zip(losses, gone, strict=True) if count)
+
+    gone, left = allot(by_savings(queues, losses, excess), excess)
+    assert left <= 1
+    choices = [np.array(some) for some in product(*(range(size) for size in sizes))]
+    least = min(lost(some) for some in choices if excess(some) <= 1)
+    worst = max(lost(some) for some in choices if 0.9 <= excess(some) <= 1)
+    assert lost(gone) <= least + 0.15 * (worst - least)
+
+
+def test_units_that_save_nothing_stay() -> None:
+    queues = [queue(range(6)), queue(range(6))]
+    losses = [np.arange(1.0, 6), np.arange(1.0, 6) * 100]
+    gone, left = allot(by_savings(queues, losses, lambda gone: float(6 - gone[1]) / 3), lambda gone: (6 - gone[1]) / 3)
+    assert gone.tolist() == [0, 3]
+    assert left == 1
+
+
+def test_slopes_are_of_the_largest_convex_curve_below() -> None:
+    assert _slopes(np.array([1.0, 2, 6])).tolist() == [1, 1, 4]
+    assert _slopes(np.array([3.0, 4, 6])).tolist() == [2, 2, 2]
+    assert _slopes(np.array([5.0, 5, 5, 9])).tolist() == [5 / 3, 5 / 3, 5 / 3, 4]
+    assert _slopes(np.zeros(3)).tolist() == [0, 0, 0]
+    assert _slopes(np.zeros(0)).tolist() == []

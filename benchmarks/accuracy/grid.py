@@ -4,10 +4,8 @@ import copy
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
 from itertools import product
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -251,21 +249,21 @@ below 0.2 points on MNIST and half a point on Fashion-MNIST say little.
 """
 
 
-def fill(stage: Stage, name: str, seed: int) -> None:
+def experiment_of_grid() -> Fashion:
+    return Fashion("benchmarks.accuracy.grid", __doc__ or "", seeds=3)
+
+
+def fill(stage: Stage, seed: int, name: str) -> None:
     """Measure in a process of its own."""
-    experiment = Fashion("benchmarks.accuracy.grid", __doc__ or "", seeds=3)
-    Grid(experiment).measure(name, stage, seed)
+    Grid(experiment_of_grid()).measure(name, stage, seed)
 
 
 def main() -> None:
-    experiment = Fashion("benchmarks.accuracy.grid", __doc__ or "", seeds=3)
+    experiment = experiment_of_grid()
     grid = Grid(experiment)
-    work = [(stage, name, seed) for stage, seed, name in product(STAGES, experiment.seeds, grid.data)]
-    with ProcessPoolExecutor(experiment.jobs, get_context("spawn")) as processes:
-        for one, (stage, name, seed) in zip([processes.submit(fill, *one) for one in work], work, strict=True):
-            one.result()
-            grid.measure(name, stage, seed)
-            grid.write()
+    for stage, seed, name in experiment.spread_out(fill, [*product(STAGES, experiment.seeds, grid.data)]):
+        grid.measure(name, stage, seed)
+        grid.write()
 
 
 if __name__ == "__main__":

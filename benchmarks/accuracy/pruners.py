@@ -150,6 +150,8 @@ class Study:
 
     def retrained(self, method: Method, times: int) -> list[float]:
         """Test accuracy after retraining from the repaired model, or from the one with new norms where that is best."""
+        if not self._path(method, times).exists():  # the figures are of another machine's run
+            self.figures(method, times)
         model = torch.load(self._path(method, times), weights_only=False)
         self.experiment.retrain(model, RETRAINING, 100 + self.seed, f"{self.key}, {method}, {times}×", lr=RATE)
         return [self.experiment.test(model)]
@@ -166,29 +168,49 @@ def _size(model: nn.Module) -> int:
 Results = dict[tuple[str, Method, int], dict[str, list[float]]]
 
 
-def main() -> None:
-    experiment = Fashion("benchmarks.accuracy.pruners", __doc__ or "")
+class Comparison:
+    """What has been measured so far."""
+
+    def __init__(self, experiment: Fashion) -> None:
+        self.experiment = experiment
+        self.whole: dict[str, list[float]] = {}
+        self.found: Results = {}
+
+    def measure(self, seed: int, network: str) -> None:
+        """What is not kept from an earlier run, or measured by another process, is measured now."""
+        study = Study(self.experiment, network, seed)
+        self.whole.setdefault(network, []).append(self.experiment.once(f"{study.key}, whole", study.whole)[0])
+        rest = [method for method in METHODS if method not in SHORTLIST]
+        for name, methods in (("figures", SHORTLIST), ("retrained", SHORTLIST), ("figures", rest)):
+            work, columns = {
+                "figures": (study.figures, ("flops", "parameters", "cut", "norms", "repaired")),
+                "retrained": (study.retrained, ("retrained",)),
+            }[name]
+            for method, times in product(methods, TIMES):
+                key = f"{study.key}, {method}, {times}x, {name}"
+                values = self.experiment.once(key, partial(work, method, times))
+                print(key, *(f"{value:.2f}" for value in values), flush=True)
+                cell = self.found.setdefault((network, method, times), {})
+                for column, value in zip(columns, values, strict=True):
+                    cell.setdefault(column, []).append(value)
+
+
+def experiment_of_pruners() -> Fashion:
     warnings.simplefilter("ignore", TorchtrimWarning)
-    whole: dict[str, list[float]] = {}
-    found: Results = {}
-    for seed in experiment.seeds:
-        for network in NETWORKS:
-            study = Study(experiment, network, seed)
-            whole.setdefault(network, []).append(experiment.once(f"{study.key}, whole", study.whole)[0])
-            rest = [method for method in METHODS if method not in SHORTLIST]
-            for name, methods in (("figures", SHORTLIST), ("retrained", SHORTLIST), ("figures", rest)):
-                work, columns = {
-                    "figures": (study.figures, ("flops", "parameters", "cut", "norms", "repaired")),
-                    "retrained": (study.retrained, ("retrained",)),
-                }[name]
-                for method, times in product(methods, TIMES):
-                    key = f"{study.key}, {method}, {times}x, {name}"
-                    values = experiment.once(key, partial(work, method, times))
-                    print(key, *(f"{value:.2f}" for value in values), flush=True)
-                    cell = found.setdefault((network, method, times), {})
-                    for column, value in zip(columns, values, strict=True):
-                        cell.setdefault(column, []).append(value)
-                write(experiment, whole, found)
+    return Fashion("benchmarks.accuracy.pruners", __doc__ or "")
+
+
+def fill(seed: int, network: str) -> None:
+    """Measure in a process of its own."""
+    Comparison(experiment_of_pruners()).measure(seed, network)
+
+
+def main() -> None:
+    experiment = experiment_of_pruners()
+    comparison = Comparison(experiment)
+    for seed, network in experiment.spread_out(fill, [*product(experiment.seeds, NETWORKS)]):
+        comparison.measure(seed, network)
+        write(experiment, comparison.whole, comparison.found)
 
 
 # The page ---------------------------------------------------------------------------------------------------

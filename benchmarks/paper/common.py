@@ -4,8 +4,10 @@ import argparse
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,13 @@ class Experiment:
 
     def _figures(self) -> dict[str, list[float]]:
         return json.loads(self._kept.read_text(encoding="utf-8")) if self._kept.exists() else {}
+
+    def spread_out(self, work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+        """Each task once it and all before it are done, by as many processes as asked. work: a module's function."""
+        with ProcessPoolExecutor(self.jobs, get_context("spawn")) as processes:
+            for task, done in [(task, processes.submit(work, *task)) for task in tasks]:
+                done.result()
+                yield task
 
     def write(self, title: str, text: str, figure: Figure | None = None, seeds: Sequence[int] | None = None) -> None:
         """The page and its picture in the folder of results. seeds: what ± is over, if not all; () if the page says."""

@@ -1,7 +1,7 @@
 """One choice over all layers: which groups lose how many of their units for a cost."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,9 @@ from torchtrim.criteria import Floats, Integers
 from torchtrim.errors import PlanError
 
 TOLERANCE = 0.01  # how far below a target a choice may end, as a share of it
+_TURNS = 6  # of looking for what units save where they go
+_PARTS = 16  # of a queue; over as many of its units as one has, what they save is averaged
+_NOTHING = 1e-12  # what a unit saves that saves nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,19 +89,15 @@ def allot(queues: Sequence[Queue], excess: Callable[[Integers], float]) -> tuple
     def costs(places: Integers) -> float:
         return excess(np.array([queue.steps[place] for queue, place in zip(queues, places, strict=True)]))
 
-    owners = np.concatenate([np.full(queue.units.size, index) for index, queue in enumerate(queues)])
-    order = np.argsort(np.concatenate([queue.importance for queue in queues]), kind="stable")
-    owners = owners[order]
+    owners = _in_order(queues)
 
     def prefix(length: int) -> Integers:
         counts = np.bincount(owners[:length], minlength=len(queues))
         return np.array([queue.nearest(count) for queue, count in zip(queues, counts, strict=True)])
 
-    low, high = 0, owners.size  # the excess is above 1 at `low`, where it is anywhere, and at most 1 at `high`
     if costs(at) > 1:
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if costs(prefix(middle)) <= 1 else (middle, high)
+        high = _shortest(owners.size, lambda length: costs(prefix(length)))
+        low = high - 1
         at = _given_back(queues, prefix(high), costs)
         if costs(at) < 1 - TOLERANCE:
             counts = np.bincount(owners[:low], minlength=len(queues))
@@ -106,6 +105,72 @@ def allot(queues: Sequence[Queue], excess: Callable[[Integers], float]) -> tuple
             other = _given_back(queues, other, costs) if costs(other) <= 1 else at
             at = other if costs(at) < costs(other) <= 1 else at
     return np.array([queue.steps[place] for queue, place in zip(queues, at, strict=True)]), costs(at)
+
+
+def by_savings(queues: Sequence[Queue], losses: Sequence[Floats], excess: Callable[[Integers], float]) -> list[Queue]:
+    """The queues, the importance of whose units is what is lost for what is saved.
+
+    losses: by queue, float64 [units that can go], all that is lost once each one is gone. excess: as for `allot`.
+    So the sum of the losses is about the least at which the excess is 1 (Lagrange). What a unit saves depends on what
+    else is gone: it is taken where the units go, and that is looked for again.
+    """
+    slopes = [_slopes(loss) for loss in losses]
+    counts, priced = np.zeros(len(queues), np.int64), list(queues)
+    savings = np.ones(len(queues))
+    for turn in range(_TURNS):
+        now = np.array([_saved(queues, counts, index, excess) for index in range(len(queues))])
+        savings = np.sqrt(savings * now) if turn else now  # else it may go to and fro
+        priced = [
+            replace(queue, importance=slope / saved)
+            for queue, slope, saved in zip(queues, slopes, savings, strict=True)
+        ]
+        owners, before = _in_order(priced), counts
+
+        def prefix(length: int, owners: Integers = owners) -> Integers:
+            return np.bincount(owners[:length], minlength=len(queues))
+
+        counts = prefix(_shortest(owners.size, lambda length: excess(prefix(length))))
+        if (counts == before).all():
+            break
+    return priced
+
+
+def _slopes(loss: Floats) -> Floats:
+    """What each unit more loses, by the largest convex curve below all that is lost: float64 [units], ascending."""
+    heights, corners = np.concatenate([[0.0], loss]), [0]
+    for place in range(1, heights.size):
+        while len(corners) > 1:
+            before, last = corners[-2:]
+            if (heights[last] - heights[before]) * (place - last) < (heights[place] - heights[last]) * (last - before):
+                break
+            corners.pop()
+        corners.append(place)
+    return np.repeat(np.diff(heights[corners]) / np.diff(corners), np.diff(corners))
+
+
+def _saved(queues: Sequence[Queue], counts: Integers, index: int, excess: Callable[[Integers], float]) -> float:
+    """What one unit more of a queue saves, over the next few of it, or else the last few."""
+    size = queues[index].units.size
+    few = max(1, size // _PARTS)
+    less, more = counts.copy(), counts.copy()
+    more[index] = min(counts[index] + few, size)
+    less[index] = more[index] - min(few, size)
+    return max((excess(less) - excess(more)) / max(more[index] - less[index], 1), _NOTHING)
+
+
+def _in_order(queues: Sequence[Queue]) -> Integers:
+    """To which queue each unit belongs, of all units in the order of their importance."""
+    owners = np.concatenate([np.full(queue.units.size, index) for index, queue in enumerate(queues)])
+    return owners[np.argsort(np.concatenate([queue.importance for queue in queues]), kind="stable")]
+
+
+def _shortest(length: int, costs: Callable[[int], float]) -> int:
+    """The smallest number of units, of an order, that cost at most 1; all, if none does."""
+    low, high = 0, length
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if costs(middle) <= 1 else (middle, high)
+    return high
 
 
 def _given_back(queues: Sequence[Queue], at: Integers, costs: Callable[[Integers], float]) -> Integers:

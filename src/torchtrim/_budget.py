@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from torchtrim import criteria
-from torchtrim._allot import TOLERANCE, Queue, allot
+from torchtrim._allot import TOLERANCE, Queue, allot, by_savings
 from torchtrim._amounts import PerLayer, amount, amount_asked, amount_text, is_latency, limits, per_layer, positive
 from torchtrim._cost import bytes_of, flops_of, latencies_beside, parameters_of
 from torchtrim._forward import device_of
@@ -23,6 +23,7 @@ from torchtrim._neurons import Kept, NeuronGraph
 from torchtrim._plan import LayerPlan, Plan
 from torchtrim._price import Prices
 from torchtrim._profile import Profile
+from torchtrim._reconstruction import Reconstruction
 from torchtrim._select import observed_groups
 from torchtrim._surgery import trim
 from torchtrim.criteria import Criterion, Floats, Integers
@@ -31,6 +32,7 @@ from torchtrim.errors import PlanError, TorchtrimWarning
 _TARGETS = ("parameters", "flops", "bytes", "latency")
 _SECONDS_EACH = 2.0  # that a trimmed model and its original are timed
 _CORRECTIONS = 8  # of what is priced by what is measured
+_RUINED = 0.999  # the error of layers beyond which nothing more is lost
 _STRIDE = 1.5  # times as far as in proportion, since part of a latency does not fall with the widths
 
 
@@ -99,11 +101,15 @@ class Budget:
         """Choose the neurons that go, over all layers at once, so that the trimmed model meets the budget.
 
         Every unit (neurons that go together) has an importance that is comparable between layers. For `apoz` it is the
-        share of activations that are not zero, for what `torchtrim.reconstruction` returns the relative squared error,
-        both as they are; other criteria are negated and divided by their root mean square over the group of layers
-        (Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference", 2017, section 2.2).
-        A criterion of one's own is taken as it is where it has an attribute `comparable` that is true. The units of
-        the least importance go, until all targets are met.
+        share of activations that are not zero, as it is; other criteria are negated and divided by their root mean
+        square over the group of layers (Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient
+        Inference", 2017, section 2.2). A criterion of one's own is taken as it is where it has an attribute
+        `comparable` that is true. The units of the least importance go, until all targets are met.
+
+        For what `torchtrim.reconstruction` returns, with E the relative squared error of the layers that read a group,
+        importance is what a unit more adds to -log(1 - E), times what such an error becomes at the model's outputs,
+        over what it saves of the target that is furthest away. So the sum over all groups is about the least that the
+        budget allows.
 
         A plan costs what it leaves of every tensor and every product, not the sum of what its neurons cost alone. The
         trimmed model is counted at the end, or timed beside the original, and the choice is corrected until it ends at
@@ -162,14 +168,15 @@ class _Choice:
         self._budget, self._model, self._graph, self._profile = budget, model, graph, profile
         self._source = f"{getattr(criterion, '__name__', type(criterion).__name__)}, {budget}"
         scored, self._notes = observed_groups(profile, layers, criterion)
-        factors = per_layer("weights", budget.weights or {}, profile, 1.0)
-        self._scored = {
-            name: (
-                importance(scores, criterion) * float(np.mean([factors[one] for one in places])),
-                places,
-            )
-            for name, (scores, places) in scored.items()
-        }
+        self._scored = {name: (importance(scores, criterion), places) for name, (scores, places) in scored.items()}
+        weights = per_layer("weights", budget.weights or {}, profile, 1.0)
+        self._factors = {name: float(np.mean([weights[one] for one in places])) for name, (_, places) in scored.items()}
+        self._errors = isinstance(criterion, Reconstruction)
+        if isinstance(criterion, Reconstruction):
+            if criterion.gains is None:
+                self._notes.append("the model's outputs cannot be compared; errors count alike in all layers")
+            gains = criterion.gains or {}
+            self._factors = {name: factor * gains.get(name, 1.0) for name, factor in self._factors.items()}
         self._prices = Prices(model, graph, flops=budget.flops is not None)
         self._own: dict[str, float] = {
             name: self._priced(name, self._all_kept) for name in budget.asked if name != "latency"
@@ -259,6 +266,18 @@ class _Choice:
 
         if not queues:
             raise PlanError("no layer is left to choose from:\n  " + "\n  ".join(self._notes))
+        factors = [self._factors[name] for name in self._scored]
+        if self._errors:
+            losses = [
+                -factor * np.log1p(-np.minimum(queue.importance, _RUINED))
+                for factor, queue in zip(factors, queues, strict=True)
+            ]
+            queues = by_savings(queues, losses, excess)
+        else:
+            queues = [
+                replace(queue, importance=factor * queue.importance)
+                for factor, queue in zip(factors, queues, strict=True)
+            ]
         counts, left = allot(queues, excess)
         kept = kept_after(counts)
         odd = [name for name, queue in zip(self._scored, queues, strict=True) if queue.odd]
@@ -340,7 +359,7 @@ def importance(scores: Floats, criterion: Criterion) -> Floats:
     if criterion is criteria.apoz:
         return 1 - scores
     lost = -scores
-    if getattr(criterion, "comparable", False):
+    if isinstance(criterion, Reconstruction) or getattr(criterion, "comparable", False):
         return lost
     lost = lost - min(float(lost.min(initial=0.0)), 0.0)
     return lost / (math.sqrt(np.square(lost).mean()) or 1.0)

@@ -1,7 +1,7 @@
 """Run models over calibration data, and listen to what their layers are given and compute."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -45,7 +45,6 @@ class Calibration:
         What follows the last of these calls is left out, if the first batch of the pass called all of the modules: a
         call ends once as many calls were heard.
         """
-        inputs = moved(batch, device_of(model))
         heard: list[nn.Module] = []
         enough = self._calls.get(model, 0)
 
@@ -55,14 +54,26 @@ class Calibration:
             if len(heard) == enough:
                 raise _Enough
 
+        with suppress(_Enough):
+            self._called(model, batch, dict.fromkeys(listeners, hook))
+        self._calls.setdefault(model, len(heard) if set(heard) == set(listeners) else 0)
+
+    def outputs(self, model: nn.Module, batch: Any, replaced: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Any:
+        """What a call of the model returns, without gradients, where some of its modules compute something else."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> Tensor:
+            return replaced[module](args[0] if args else kwargs["input"])
+
+        return self._called(model, batch, dict.fromkeys(replaced, hook))
+
+    def _called(self, model: nn.Module, batch: Any, hooks: Mapping[nn.Module, Callable[..., Any]]) -> Any:
+        inputs = moved(batch, device_of(model))
         with ExitStack() as handles:
-            for module in listeners:
+            for module, hook in hooks.items():
                 handles.enter_context(module.register_forward_hook(hook, with_kwargs=True))
             try:
                 with torch.no_grad():
-                    self._call(model, inputs)
-            except _Enough:
-                pass
+                    return self._call(model, inputs)
             except TorchtrimError:
                 raise
             except Exception as error:
@@ -71,7 +82,6 @@ class Calibration:
                     f"{type(model).__name__} cannot run on batch {self._number}: {type(error).__name__}: {first}; to "
                     "call it otherwise, pass forward=lambda model, batch: ..."
                 ) from error
-        self._calls.setdefault(model, len(heard) if set(heard) == set(listeners) else 0)
 
 
 class _Enough(BaseException):

@@ -18,6 +18,7 @@ from torchtrim._calibration import Calibration, as_found
 from torchtrim._consumers import Consumer, Reader, consumers
 from torchtrim._copies import named_modules
 from torchtrim._forward import Forward
+from torchtrim._gains import Refitted, errors_at_outputs
 from torchtrim._graph import trace
 from torchtrim._labels import Atoms
 from torchtrim._moments import Moments, damp, features, groups, pieces, rows
@@ -28,6 +29,7 @@ from torchtrim.criteria import Criterion, Floats, LayerProfile
 from torchtrim.errors import PlanError, ProfileError, TorchtrimError
 
 _EXACT = 256  # neurons left, up to which they go one by one; of more, as many at once as there are times as many
+_DAMAGE = 0.3  # the error of layers of which it is measured what becomes at the outputs
 
 
 def reconstruction(
@@ -47,7 +49,9 @@ def reconstruction(
     The squared error is that of the outputs of the linear and convolutional layers that read the neurons, refitted by
     least squares; relative to the outputs' variance, and the mean over these layers. Neurons go in the order in which
     it rises least, so that `Fraction(0.5)` takes half of that order, and `Threshold(-0.01)` as many as cost an error of
-    1 %; other rules mean little here. Each group of layers is looked at alone, the others being whole.
+    1 %; other rules mean little here. Each group of layers is looked at alone, the others being whole. What such an
+    error becomes at the model's outputs, by which `Budget` weighs layers, is measured too: the model runs on the first
+    few hundred examples once for each group, refitted without as many neurons as cost an error of 30 %.
 
     example: as for `trim`; what `trace` found will do. batches, forward: as for `profile`; a pass over them for as many
     layers as `block` has room for. layers: as for `select`. ridge, block, positions: as for `repair`; a layer with more
@@ -67,20 +71,27 @@ def reconstruction(
     chosen = _chosen(graph, layers)
     readers = _measured(model, graph, chosen, data, ridge, block, positions)
     cost = np.full(len(graph.root), np.nan)
+    damaged: dict[str, tuple[float, list[Refitted]]] = {}
     for group in dict.fromkeys(layer.group for layer in chosen.values()):
         units = [layer.roots[layer.removable] for layer in chosen.values() if layer.group == group]
-        _remove_all(np.unique(np.concatenate(units)), readers, cost)
-    return _Reconstruction({name: cost[layer.roots] for name, layer in chosen.items()})
+        damaged[group] = _remove_all(np.unique(np.concatenate(units)), readers, cost)
+    with as_found(model):
+        felt = errors_at_outputs(model, {group: layers for group, (_, layers) in damaged.items()}, data)
+    gains = felt and {group: felt[group] / error if error else 1.0 for group, (error, _) in damaged.items()}
+    return Reconstruction({name: cost[layer.roots] for name, layer in chosen.items()}, gains)
 
 
-class _Reconstruction:
-    """costs: by layer, float64 [neurons]; NaN where nothing is known."""
+class Reconstruction:
+    """costs: by layer, float64 [neurons], the error once this one and all before it are gone; NaN: nothing is known.
+
+    gains: by group of layers, the error of the model's outputs over that of the layers that read the group, where that
+    is `_DAMAGE`; None where outputs cannot be compared.
+    """
 
     __name__ = "reconstruction"
-    comparable = True  # between layers, as `Budget` asks
 
-    def __init__(self, costs: Mapping[str, Floats]) -> None:
-        self.costs = costs
+    def __init__(self, costs: Mapping[str, Floats], gains: Mapping[str, float] | None) -> None:
+        self.costs, self.gains = costs, gains
 
     def __call__(self, profile: LayerProfile) -> Floats:
         costs = self.costs.get(profile.name)
@@ -178,8 +189,8 @@ class _Reader:
         square = self.moments.spread(centred=self.centred)
         if not square.isfinite().all():
             raise ProfileError(f"{self.name}: what it reads is not finite; look at the weights and the data")
-        weight = self.module.weight.detach().unflatten(0, (groups(self.module), -1))[:, :, self.columns]
-        self.weight = weight.flatten(2).mT.double()
+        self.weight = self._original()
+        self.mean = self.moments.total / self.moments.count
         self.variance = float((self.weight * (square @ self.weight)).sum())
         self.moments.square = self.moments.total
         damp(square, ridge)
@@ -190,6 +201,16 @@ class _Reader:
         other = copy.copy(self)
         other.inputs, other.weight, other.inverse = dict(self.inputs), self.weight.clone(), self.inverse.clone()
         return other
+
+    def constant(self) -> Tensor:
+        """What the outputs are moved by, so that their means stay: float64 [outputs]."""
+        lost = self._original() - self.weight
+        return (self.mean.unsqueeze(1) @ lost).flatten() * self.centred
+
+    def _original(self) -> Tensor:
+        """The weight of this block, float64 [groups, inputs, outputs of a group]."""
+        weight = self.module.weight.detach().unflatten(0, (groups(self.module), -1))[:, :, self.columns]
+        return weight.flatten(2).mT.double()
 
     def costs(self, units: Atoms) -> Floats:
         """By how much the squared error rises, relative to the variance, when one of these goes: float64 [units]."""
@@ -226,12 +247,16 @@ class _Reader:
         return rise
 
 
-def _remove_all(units: Atoms, readers: Sequence[_Reader], cost: Floats) -> None:
-    """Remove the units in the order of what they cost, and note for each the error once it is gone."""
+def _remove_all(units: Atoms, readers: Sequence[_Reader], cost: Floats) -> tuple[float, list[Refitted]]:
+    """Remove the units in the order of what they cost, and note for each the error once it is gone.
+
+    Returns the first error of at least `_DAMAGE`, or the last, and the layers that read the units as they are then.
+    """
     mine = [reader.copy() for reader in readers if not reader.inputs.keys().isdisjoint(units.tolist())]
     known = np.isin(units, [unit for reader in mine for unit in reader.inputs])
     left, error = units[known], 0.0
     count = len({reader.name for reader in mine}) or 1
+    damaged: tuple[float, list[Refitted]] = 0.0, []
     while left.size:
         rises = np.sum([reader.costs(left) for reader in mine], 0) / count
         now = np.argsort(rises, kind="stable")[: max(1, left.size // _EXACT)]
@@ -240,3 +265,19 @@ def _remove_all(units: Atoms, readers: Sequence[_Reader], cost: Floats) -> None:
         cost[left[now]] = error + rise * (shares / shares[-1] if shares[-1] > 0 else 1.0)
         error += max(rise, 0.0)
         left = np.delete(left, now)
+        if damaged[0] < _DAMAGE and (error >= _DAMAGE or not left.size):
+            damaged = error, _refitted(mine)
+    return damaged
+
+
+def _refitted(readers: Sequence[_Reader]) -> list[Refitted]:
+    """The layers of these blocks."""
+    layers: dict[Reader, Refitted] = {}
+    for reader in readers:
+        module = reader.module
+        weight = module.weight.detach()
+        before = layers.setdefault(module, Refitted(module, weight.clone(), torch.zeros(len(weight)).to(weight)))
+        block = before.weight.unflatten(0, (groups(module), -1))[:, :, reader.columns]
+        block.copy_(reader.weight.mT.reshape(block.shape))
+        layers[module] = before._replace(constant=before.constant + reader.constant())
+    return [*layers.values()]
