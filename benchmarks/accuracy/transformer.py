@@ -1,31 +1,34 @@
 """A small vision transformer without some of its hidden units, and without some of its heads of attention."""
 
 import warnings
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from itertools import product
 
-import torch
 from torch import Tensor, nn
 
 import torchtrim
 from benchmarks.accuracy.common import Fashion
 from benchmarks.accuracy.widths import flops
 from benchmarks.paper.common import spread, table
-from torchtrim import Fraction, TorchtrimWarning
+from torchtrim import Budget, Fraction, Plan, TorchtrimWarning
 from torchtrim._neurons import NeuronGraph
 from torchtrim.criteria import Criterion
 
-PARTS = {"units": "blocks.*.mlp.fc1", "heads": "blocks.*.attn.qkv"}
+UNITS, HEADS = "blocks.*.mlp.fc1", "blocks.*.attn.qkv"
+PARTS = {"units": [UNITS], "heads": [HEADS], "both": [UNITS, HEADS]}
+FEW = ("reconstruction", "l1_norm", "random:0")  # a head has no activation that APoZ could count
+BUDGET = "reconstruction, budget"
 CRITERIA = {
     "units": ("reconstruction", "contribution", "apoz", "l1_norm", "random:0"),
-    "heads": ("reconstruction", "l1_norm", "random:0"),  # a head has no activation that APoZ could count
+    "heads": FEW,
+    "both": (BUDGET, *FEW),
 }
 SHARES = (0.5, 0.75)
 WAYS = {"none": None, "least squares": "least-squares"}
 IMAGES = 1000
 NEAR_ZERO = 0.01  # GELU is never zero
-RETRAINED = (("reconstruction", "least squares"), ("reconstruction", "none"), ("l1_norm", "none"))
-RETRAINING = 0.5  # epochs
+EPOCHS = (0, 0.5)
 RATE = 1e-3
 
 
@@ -35,7 +38,6 @@ class Study:
     def __init__(self, experiment: Fashion, seed: int) -> None:
         self.experiment, self.seed = experiment, seed
         self.example = experiment.data.example[:1]
-        self._reconstruction: Criterion | None = None
 
     @cached_property
     def model(self) -> nn.Module:
@@ -56,14 +58,20 @@ class Study:
     def profile(self) -> torchtrim.Profile:
         return torchtrim.profile(self.model, self.images, zero_tolerance=NEAR_ZERO)
 
+    @cached_property
+    def reconstruction(self) -> Criterion:
+        return torchtrim.reconstruction(self.model, self.graph, self.images)
+
+    def plan(self, part: str, share: float, criterion: str) -> Plan:
+        if criterion == BUDGET:  # as many FLOPs as with one share for all
+            even = flops(torchtrim.trim(self.model, self.plan(part, share, "reconstruction"), self.graph), self.example)
+            budget = Budget(flops=even)
+            return budget.plan(self.model, self.graph, self.profile, criterion=self.reconstruction, layers=PARTS[part])
+        score = self.reconstruction if criterion == "reconstruction" else criterion
+        return torchtrim.select(self.profile, rule=Fraction(share), criterion=score, layers=PARTS[part])
+
     def cut(self, part: str, share: float, criterion: str, way: str) -> nn.Module:
-        score: Criterion | str = criterion
-        if criterion == "reconstruction":
-            if self._reconstruction is None:
-                self._reconstruction = torchtrim.reconstruction(self.model, self.graph, self.images)
-            score = self._reconstruction
-        plan = torchtrim.select(self.profile, rule=Fraction(share), criterion=score, layers=[PARTS[part]])
-        small = torchtrim.trim(self.model, plan, self.graph)
+        small = torchtrim.trim(self.model, self.plan(part, share, criterion), self.graph)
         how = WAYS[way]
         return small if how is None else torchtrim.repair(small, self.model, self.graph, self.images, how)
 
@@ -84,40 +92,52 @@ def transformer() -> nn.Module:
     )
 
 
+Cells = dict[tuple[str, str, str, float, float], list[float]]  # by part, criterion, way, share and epochs
+
+
 def main() -> None:
-    experiment = Fashion("benchmarks.accuracy.transformer", __doc__ or "")
+    experiment = Fashion("benchmarks.accuracy.transformer", __doc__ or "", seeds=3)
     warnings.simplefilter("ignore", TorchtrimWarning)
-    torch.set_num_threads(1)
     whole: list[float] = []
-    cells: dict[tuple[str, str, str, float], list[list[float]]] = {}
+    cells: Cells = {}
     fewer: dict[tuple[str, float], float] = {}
     for seed in experiment.seeds:
         study = Study(experiment, seed)
         whole += experiment.once(f"seed {seed}, whole", study.whole)
-        for epochs, part in product((0, RETRAINING), PARTS):
-            for criterion, way in product(CRITERIA[part], WAYS):
-                if epochs and (criterion, way) not in RETRAINED:
-                    continue
-                row = cells.setdefault((part, criterion, way, epochs), [[] for _ in SHARES])
-                for place, share in enumerate(SHARES):
-                    key = f"seed {seed}, {part}, {share:g}, {criterion}, {way}, {epochs:g} epochs"
-                    work = partial(study.test, part, share, criterion, way, epochs)
-                    fewer[part, share], accuracy = experiment.once(key, work)
-                    print(f"{key}: {accuracy:.2f} %", flush=True)
-                    row[place].append(accuracy)
+        for epochs, part in product(EPOCHS, PARTS):
+            for criterion, way, share in product(CRITERIA[part], WAYS, SHARES):
+                key = f"seed {seed}, {part}, {share:g}, {criterion}, {way}, {epochs:g} epochs"
+                work = partial(study.test, part, share, criterion, way, epochs)
+                fewer[part, share], accuracy = experiment.once(key, work)
+                print(f"{key}: {accuracy:.2f} %", flush=True)
+                cells.setdefault((part, criterion, way, share, epochs), []).append(accuracy)
+        write(experiment, range(seed + 1), whole, cells, fewer)
+
+
+def write(
+    experiment: Fashion,
+    seeds: Sequence[int],
+    whole: Sequence[float],
+    cells: Cells,
+    fewer: Mapping[tuple[str, float], float],
+) -> None:
     text = f"""
 A vision transformer for Fashion-MNIST (16 patches, four blocks of 64 features, four heads and 128 hidden units, trained
-for {experiment.epochs} epochs) without a half and without three quarters of its hidden units, or of its heads. What its
-norms average over stays. Chosen and repaired with {IMAGES:,} calibration images, and retrained for {RETRAINING:g}
-epochs, or not. APoZ counts what is within {NEAR_ZERO:.0%} of zero. Test accuracy, %; the whole network is at
-{spread(whole)}.
+for {experiment.epochs} epochs) without a half and without three quarters of its hidden units, of its heads, or of both;
+what its norms average over stays. Of every layer the same share goes, or, by a *budget* over all of them, as many
+FLOPs. Chosen and repaired with {IMAGES:,} calibration images, and retrained alike for {EPOCHS[1]:g} epochs, or not.
+APoZ counts what is within {NEAR_ZERO:.0%} of zero. Test accuracy, %; the whole network is at {spread(whole)}.
 """
-    for part in PARTS:
-        head = ["chosen by", "repair", "epochs"]
-        head += [f"{share:.0%} gone, {fewer[part, share]:.2f}× fewer FLOPs" for share in SHARES]
-        rows = [[*key[1:], *map(spread, row)] for key, row in cells.items() if key[0] == part]
-        text += f"\n## Without {part}\n\n" + table(head, rows)
-    experiment.write("A vision transformer", text)
+    columns = [*product(SHARES, EPOCHS)]
+    for part, criteria in CRITERIA.items():
+        heads = [f"{fewer[part, share]:.2f}× fewer FLOPs" + ", retrained" * (epochs > 0) for share, epochs in columns]
+        rows = [
+            [criterion, way, *(spread(cells[part, criterion, way, *column]) for column in columns)]
+            for criterion, way in product(criteria, WAYS)
+        ]
+        title = "units and heads" if part == "both" else part
+        text += f"\n## Without {title}\n\n" + table(["chosen by", "repair", *heads], rows)
+    experiment.write("A vision transformer", text, seeds=seeds)
 
 
 if __name__ == "__main__":

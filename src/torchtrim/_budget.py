@@ -253,11 +253,12 @@ class _Choice:
         groups = list(self._scored.values())
         roots = [_roots_of_units(self._graph, profile, places, values.size) for values, places in groups]
 
+        going = [_going(queue, units) for queue, units in zip(queues, roots, strict=True)]
+
         def kept_after(counts: Integers) -> Kept:
             kept = self._all_kept
-            for queue, units, count in zip(queues, roots, counts, strict=True):
-                for unit in queue.units[:count]:
-                    kept[units[unit]] = False
+            for (order, ends), count in zip(going, counts, strict=True):
+                kept[order[: ends[count]]] = False
             return kept
 
         def excess(counts: Integers) -> float:
@@ -372,6 +373,12 @@ def _roots_of_units(graph: NeuronGraph, profile: Profile, places: Mapping[str, I
     order = np.argsort(units, kind="stable")
     bounds = np.searchsorted(units[order], np.arange(1, count))
     return [np.unique(some) for some in np.split(roots[order], bounds)]
+
+
+def _going(queue: Queue, roots: Sequence[Integers]) -> tuple[Integers, Integers]:
+    """The roots of a queue's units in the order in which they go, and how many are gone after each number of units."""
+    order = [roots[unit] for unit in queue.units]
+    return np.concatenate([np.zeros(0, np.int64), *order]), np.cumsum([0, *map(len, order)])
 
 
 def _off(worst: float) -> tuple[bool, float]:
