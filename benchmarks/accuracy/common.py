@@ -57,10 +57,25 @@ class Fashion(Experiment):
         return model
 
     def retrain(
-        self, model: nn.Module, epochs: float, seed: int, label: str, data: Data | None = None, **training: Any
+        self,
+        model: nn.Module,
+        epochs: float,
+        seed: int,
+        label: str,
+        data: Data | None = None,
+        teacher: nn.Module | None = None,
+        **training: Any,
     ) -> nn.Module:
         """Train a model in place, on these data or Fashion-MNIST; training: what is unusual of `Training`."""
         settings = Training(epochs=epochs, **training)
         with self.progress:
-            train(model, (data or self.data).train, settings, seed=seed, progress=self.progress, label=label)
+            train(
+                model,
+                (data or self.data).train,
+                settings,
+                seed=seed,
+                teacher=teacher,
+                progress=self.progress,
+                label=label,
+            )
         return model
