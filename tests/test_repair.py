@@ -262,6 +262,49 @@ def test_the_mean_of_what_varies_is_numpys() -> None:
 
 # ------------------------------------------------------------------ batch norm
 
+OTHER_CHANNELS = {
+    "tokens": (lambda net, x: net.norm(net.b(net.a(x).relu())), nn.Linear, 4, 6, (50, 4, 5)),
+    "as many tokens": (lambda net, x: net.norm(net.b(net.a(x).relu())), nn.Linear, 6, 6, (50, 6, 5)),
+    "a part": (lambda net, x: net.norm(net.b(net.a(x).relu())[:, 2:]), nn.Linear, 4, 4, (50, 5)),
+    "flattened positions": (
+        lambda net, x: net.norm(net.b(net.a(x).relu()).flatten(1)),
+        lambda ins, outs, bias=True: nn.Conv1d(ins, outs, 3, bias=bias),
+        24,
+        24,
+        (50, 5, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["mean", "least-squares"])
+@pytest.mark.parametrize(("forward", "layer", "channels", "last", "shape"), OTHER_CHANNELS.values(), ids=OTHER_CHANNELS)
+def test_a_norm_with_other_channels_takes_no_constant(forward, layer, channels, last, shape, how) -> None:
+    torch.manual_seed(0)
+    modules = {"a": layer(5, 8), "b": layer(8, 6, bias=False), "norm": nn.BatchNorm1d(channels)}
+    out = nn.Linear(last, 2)
+    model = randomised(Net(lambda net, x: net.out(forward(net, x).relu()), {**modules, "out": out}))
+    data = images(*shape)
+    small = torchtrim.trim(model, PLAN, data)
+    repaired = torchtrim.repair(small, model, data, data.split(10), how)
+    assert torch.equal(repaired.norm.running_mean, model.norm.running_mean)
+    assert (repaired.b.bias is None) == (how == "least-squares")
+    wanted = read_by(model, "b", data)[1]
+    before, after = ((read_by(one, "b", data)[1] - wanted).square().sum() for one in (small, repaired))
+    assert after < before
+
+
+@pytest.mark.parametrize("how", ["mean", "least-squares"])
+@pytest.mark.parametrize("move", [lambda x: x.transpose(1, 2), lambda x: x.flatten(0, 1)])
+def test_a_norm_behind_a_view_of_a_layer_takes_its_constant(move, how) -> None:
+    torch.manual_seed(0)
+    modules = {"a": nn.Linear(5, 8), "b": nn.Linear(8, 6, bias=False), "norm": nn.BatchNorm1d(6)}
+    model = randomised(Net(lambda net, x: net.norm(move(net.b(net.a(x).relu()))).relu().flatten(1), modules))
+    constant(model.a, [1, 2, 5, 6])
+    data = images(20, 4, 5)
+    small = torchtrim.trim(model, PLAN, data)
+    repaired = torchtrim.repair(small, model, data, data.split(10), how)
+    torch.testing.assert_close(repaired(data), model(data), rtol=1e-6, atol=1e-6)
+
 
 def test_norms_are_measured_as_numpy_does() -> None:
     model = chain(nn.Conv2d(8, 4, 3))
