@@ -135,6 +135,14 @@ def test_few_positions_give_the_costs_of_all_nearly() -> None:
     np.testing.assert_allclose(np.sort(few), np.sort(every), rtol=0.1)
 
 
+@pytest.mark.parametrize("examples", [1, 3, 30])
+def test_data_that_are_all_alike_cost_nothing(examples: int) -> None:
+    model = chain(nn.Linear(8, 4))
+    data = images(1, 5).expand(examples, 5)
+    costs = -torchtrim.reconstruction(model, data, [data], ["a"])(torchtrim.profile(model, [images(60, 5)])["a"])
+    assert costs == pytest.approx(0, abs=1e-9)
+
+
 def test_models_and_random_state_are_left_as_found() -> None:
     model = LeNet().train()
     data = torch.randn(20, 1, 28, 28)
@@ -155,6 +163,13 @@ def test_what_cannot_be_measured_is_said() -> None:
         torchtrim.reconstruction(model, data, iter([data]))
     with pytest.raises(TorchtrimError, match="at least 1 position"):
         torchtrim.reconstruction(model, data, [data], positions=0)
+    with pytest.raises(TorchtrimError, match="at least 1 input"):
+        torchtrim.reconstruction(model, data, [data], block=0)
+    for ridge in (0.0, -1.0, float("nan")):
+        with pytest.raises(TorchtrimError, match="reconstruction: expected a finite ridge above 0"):
+            torchtrim.reconstruction(model, data, [data], ridge=ridge)
+    with pytest.raises(ProfileError, match="b: its inputs depend on one another"):
+        torchtrim.reconstruction(model, data, [data[:3]], ridge=1e-30)
     with pytest.raises(ProfileError, match="not finite"):
         torchtrim.reconstruction(model, data, [data * float("nan")])
     criterion = torchtrim.reconstruction(model, data, [data], ["a"])

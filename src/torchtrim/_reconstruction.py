@@ -20,12 +20,12 @@ from torchtrim._copies import named_modules
 from torchtrim._forward import Forward
 from torchtrim._graph import trace
 from torchtrim._labels import Atoms
-from torchtrim._moments import Moments, damp, features, groups, pieces, rows
+from torchtrim._moments import Moments, check_fit, factor, features, groups, pieces, rows
 from torchtrim._neurons import Layer, NeuronGraph
 from torchtrim._select import check_layers
 from torchtrim._unmeasured import unmeasured
 from torchtrim.criteria import Criterion, Floats, LayerProfile
-from torchtrim.errors import PlanError, ProfileError, TorchtrimError
+from torchtrim.errors import PlanError, ProfileError
 
 _EXACT = 256  # neurons left, up to which they go one by one; of more, as many at once as there are times as many
 
@@ -50,16 +50,15 @@ def reconstruction(
     1 %; other rules mean little here. Each group of layers is looked at alone, the others being whole.
 
     example: as for `trim`; what `trace` found will do. batches, forward: as for `profile`; a pass over them for as many
-    layers as `block` has room for. layers: as for `select`. ridge, block, positions: as for `repair`; a layer with more
-    inputs than `block` is looked at by blocks, each of which has to make up for its own. through_norms: as for `trace`.
+    layers as `block` has room for. Of each layer that reads neurons the square of its inputs (times the kernel), or of
+    its blocks, is kept in float64, and twice while its group is looked at. layers: as for `select`. ridge, block,
+    positions: as for `repair`; a layer with more inputs than `block` is looked at by blocks, each of which has to make
+    up for its own. through_norms: as for `trace`.
 
     Raises PlanError: layers that are unknown or locked, or that no linear or convolutional layer reads. Raises
     ProfileError: batches that do not fit.
     """
-    if positions is not None and positions < 1:
-        raise TorchtrimError(
-            f"reconstruction: expected at least 1 position of an example, or None for all, found {positions!r}"
-        )
+    check_fit("reconstruction", ridge, block, positions)
     graph = example if isinstance(example, NeuronGraph) else trace(model, example, through_norms=through_norms)
     profile = unmeasured(model, graph)
     check_layers(profile, layers)
@@ -169,7 +168,7 @@ class _Reader:
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         for read, _ in rows(self.module, inputs, outputs, self.columns, self.positions, self.moments.count):
-            self.moments.add(read)
+            self.moments.add(self.moments.about(read))
 
     def solve(self, ridge: float) -> None:
         """The inverse of the moments, float64 [groups, inputs, inputs]; from here on they are not needed."""
@@ -182,8 +181,7 @@ class _Reader:
         self.weight = weight.flatten(2).mT.double()
         self.variance = float((self.weight * (square @ self.weight)).sum())
         self.moments.square = self.moments.total
-        damp(square, ridge)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(square))
+        self.inverse = torch.cholesky_inverse(factor(square, ridge, self.name))
 
     def copy(self) -> "_Reader":
         """Another that is whole when this one is."""
