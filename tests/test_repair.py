@@ -657,6 +657,35 @@ def test_models_data_and_random_state_are_left_as_found(how) -> None:
     assert all(parameter.grad is None for parameter in repaired.parameters())
 
 
+def test_a_call_with_gradients_leaves_none() -> None:
+    model, data, plan = branches()
+    small = torchtrim.trim(model, plan, data)
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return model(batch)
+
+    how = ("mean", "least-squares", "batchnorm")
+    repaired, usual = (torchtrim.repair(small, model, data, [data], how, forward=call) for call in (forward, None))
+    assert all(torch.equal(tensor, usual.state_dict()[name]) for name, tensor in repaired.state_dict().items())
+    assert not any(buffer.requires_grad for buffer in repaired.buffers())
+    assert all(parameter.is_leaf for parameter in repaired.parameters())
+    with_gradients, without = (
+        torchtrim.reconstruction(model, data, [data], forward=call)(torchtrim.profile(model, [data])["a"])
+        for call in (forward, None)
+    )
+    np.testing.assert_array_equal(with_gradients, without)
+
+
+def test_hooks_that_change_what_a_layer_computes_are_not_heard() -> None:
+    model = chain(nn.Linear(8, 4))
+    data = data_for(model.b)
+    usual = torchtrim.repair(torchtrim.trim(model, PLAN, data), model, data, [data])
+    model.b.register_forward_hook(lambda module, args, outputs: 2 * outputs)
+    repaired = torchtrim.repair(torchtrim.trim(model, PLAN, data), model, data, [data])
+    torch.testing.assert_close(repaired.b.state_dict(), usual.b.state_dict())
+
+
 def test_a_repaired_model_is_saved_and_trimmed_again(tmp_path) -> None:
     """Biases that the ancestor does not have included."""
     model, data, plan = branches()
