@@ -99,6 +99,48 @@ def test_a_neuron_that_others_can_stand_in_for_goes_first() -> None:
     assert np.sort(costs)[1] > 1e-4
 
 
+@pytest.mark.parametrize("build", CONSUMERS.values(), ids=CONSUMERS)
+@pytest.mark.parametrize("gives", [0.0, 3.0])
+def test_a_neuron_that_never_varies_costs_nothing(build, gives) -> None:
+    """Silent ones never do; what others give all the time is for a bias to make up for, where there is one."""
+    model = chain(build())
+    model.a.weight.data[[2, 6]] = 0
+    model.a.bias.data[[2, 6]] = gives
+    data = data_for(model.b)
+    costs = -torchtrim.reconstruction(model, data, data.split(4), ["a"])(torchtrim.profile(model, [data])["a"])
+    zeros_beside = getattr(model.b, "padding_mode", "") == "zeros" and model.b.padding not in (0, (0, 0))
+    if gives and (model.b.bias is None or zeros_beside):
+        assert costs[2] > 1e-6
+    else:
+        assert costs[2] == pytest.approx(0, abs=1e-12)
+    assert costs[0] > 1e-3
+
+
+@pytest.mark.parametrize("build", CONSUMERS.values(), ids=CONSUMERS)
+def test_the_ridge_is_on_what_changes_alone(build) -> None:
+    """As for `repair`: the weights that go are no change that it should keep small."""
+    model, ridge = chain(build()), 0.1
+    data = data_for(model.b)
+    costs = -torchtrim.reconstruction(model, data, [data], ["a"], ridge=ridge)(torchtrim.profile(model, [data])["a"])
+    x, y = read_by(model, "b", data)
+    x, y = unfolded(model.b, x), outputs_of(model.b, y)
+    if model.b.bias is not None:
+        x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+    per_group = model.b.weight.shape[1]
+    owner = np.repeat(np.arange(per_group), x.shape[2] // per_group)
+    weights = model.b.weight.detach().numpy().reshape(len(x), -1, x.shape[2]).transpose(0, 2, 1)
+    errors = []
+    for unit in range(per_group):
+        gone, error = owner == unit, 0.0
+        for some, weight in zip(x, weights, strict=True):
+            lacking, left = some[:, gone] @ weight[gone], some[:, ~gone]
+            root = np.sqrt(ridge * np.square(some).sum() / some.shape[1]) * np.eye(left.shape[1])
+            left, lacking = np.r_[left, root], np.r_[lacking, np.zeros((len(root), lacking.shape[1]))]
+            error += np.square(left @ np.linalg.lstsq(left, lacking, rcond=None)[0] - lacking).sum()
+        errors.append(error / np.square(y).sum())
+    assert costs.min() == pytest.approx(min(errors), rel=1e-6)
+
+
 def test_wide_layers_go_several_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model = chain(nn.Linear(40, 4), channels=40)
     data = images(500, 5)

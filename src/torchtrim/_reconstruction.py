@@ -181,7 +181,10 @@ class _Reader:
         self.weight = weight.flatten(2).mT.double()
         self.variance = float((self.weight * (square @ self.weight)).sum())
         self.moments.square = self.moments.total
+        variances = square.diagonal(dim1=1, dim2=2).clone()
         self.inverse = torch.cholesky_inverse(factor(square, ridge, self.name))
+        added = square.diagonal(dim1=1, dim2=2) - variances
+        self.free = added * self.weight.square().sum(2)  # what goes is no change of what is left, and costs no ridge
 
     def copy(self) -> "_Reader":
         """Another that is whole when this one is."""
@@ -202,14 +205,19 @@ class _Reader:
         return found / (self.variance or 1.0)
 
     def _rise(self, inputs: Tensor) -> Tensor:
-        """Of sets of inputs, int64 [sets, inputs]: Σ w (P⁻¹) w over the groups, P the inverse's block of a set."""
+        """Of sets of inputs, int64 [sets, inputs]: Σ w (P⁻¹) w over the groups, P the inverse's block of a set.
+
+        Less the ridge on the weights that go, which the inverse has like that on all others.
+        """
         inputs = inputs.to(self.weight.device)
         weight = self.weight[:, inputs]
         if inputs.shape[1] == 1:
             diagonal = self.inverse.diagonal(dim1=1, dim2=2)[:, inputs[:, 0]]
-            return (weight.square().sum((2, 3)) / diagonal).sum(0)
-        block = self.inverse[:, inputs[:, :, None], inputs[:, None, :]]
-        return (weight * torch.linalg.solve(block, weight)).sum((0, 2, 3))
+            rise = (weight.square().sum((2, 3)) / diagonal).sum(0)
+        else:
+            block = self.inverse[:, inputs[:, :, None], inputs[:, None, :]]
+            rise = (weight * torch.linalg.solve(block, weight)).sum((0, 2, 3))
+        return (rise - self.free[:, inputs].sum((0, 2))).clamp_min(0)
 
     def remove(self, units: Atoms) -> float:
         """Do without these, the others making up for them; by how much the squared error rises."""
