@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchtrim import criteria
 from torchtrim._calibration import Calibration, Listener, as_found
 from torchtrim._consumers import Consumer, Reader, consumers, difference, levels
 from torchtrim._copies import named_modules, named_tensors, rebuild
@@ -28,6 +29,7 @@ from torchtrim._moments import (
     Moments,
     Residuals,
     check_fit,
+    check_positions,
     features,
     fit,
     groups,
@@ -36,6 +38,7 @@ from torchtrim._moments import (
 )
 from torchtrim._neurons import Kept, NeuronGraph
 from torchtrim._trial import tried
+from torchtrim.criteria import Criterion
 from torchtrim.errors import PlanError, ProfileError, TorchtrimError, TorchtrimWarning
 
 Way: TypeAlias = Literal["mean", "least-squares", "batchnorm"]
@@ -116,6 +119,16 @@ def checked_ways(how: Ways) -> tuple[Way, ...]:
     if "mean" in ways and ways[0] != "mean":
         raise TorchtrimError(f'repair: expected "mean" first, since it is of the weights as they were, found {ways}')
     return ways
+
+
+def check_repair_positions(positions: int | None, ways: Sequence[Way], criterion: Criterion) -> None:
+    """Raises TorchtrimError: fewer than one position of an example, or nothing asked for that looks at them."""
+    check_positions("repair positions", positions)
+    if positions is not None and "least-squares" not in ways and criterion is not criteria.reconstruction:
+        raise TorchtrimError(
+            "repair positions: expected a repair by least-squares or the criterion reconstruction, which look at them, "
+            f"found {positions} alone"
+        )
 
 
 def _what_is_left(original: nn.Module, trimmed: nn.Module, example: Any) -> tuple[NeuronGraph, Kept]:
