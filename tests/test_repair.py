@@ -147,6 +147,19 @@ def test_data_that_are_all_alike(build: Callable[[], nn.Module]) -> None:
     assert after < before
 
 
+def test_a_second_repair_sweeps_over_the_blocks_again() -> None:
+    model = chain(CONSUMERS["conv"]())
+    data = data_for(model.b)
+    small = torchtrim.trim(model, PLAN, data)
+    wanted = read_by(model, "b", data)[1]
+    best = torchtrim.repair(small, model, data, [data], ridge=1e-9)
+    once = torchtrim.repair(small, model, data, [data], ridge=1e-9, block=9)
+    twice = torchtrim.repair(once, model, data, [data], ridge=1e-9, block=9)
+    errors = [float((read_by(one, "b", data)[1] - wanted).square().sum()) for one in (small, once, twice, best)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] - errors[3] < 0.8 * (errors[1] - errors[3])
+
+
 @pytest.mark.parametrize("build", [*list(CONSUMERS.values())[2:], None], ids=[*list(CONSUMERS)[2:], "tokens"])
 @pytest.mark.parametrize("positions", [None, 30])
 def test_rows_are_looked_at_in_pieces(build, positions, monkeypatch: pytest.MonkeyPatch) -> None:
