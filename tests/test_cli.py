@@ -101,7 +101,8 @@ def test_run_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     line = (
         "run timm:resnet18 --data imagefolder:flowers --weights w.pt --calibration 50 --resize 70 --crop 64 "
         "--layers conv1,layer1.* --layers fc --rule fraction:0.2 --criterion l1_norm --rounds 3 --compression 2 "
-        "--repair mean,least-squares --max-drop 2 --guard 0.5 --retries 2 --distill 0.4 --temperature 3 --keep-best "
+        "--repair mean,least-squares --repair-positions 16 --max-drop 2 --guard 0.5 --retries 2 --distill 0.4 "
+        "--temperature 3 --keep-best "
         "--smallest-accuracy 90 --train-epochs 2 --retrain-epochs 0.5 --optimizer adamw --lr 0.1 --schedule onecycle "
         "--batch-size 8 --weight-decay 0.2 --label-smoothing 0.3 --shift 1 --workers 2 --device cpu --seed 5 "
         "--out there --overwrite"
@@ -113,7 +114,9 @@ def test_run_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.layers == ("conv1", "layer1.*", "fc")
     assert (str(settings.rule), settings.criterion) == ("fraction:0.2", "l1_norm")
     assert settings.repair == ("mean", "least-squares")
+    assert settings.repair_positions == 16
     assert settings.described()["repair"] == ["mean", "least-squares"]
+    assert settings.described()["repair_positions"] == 16
     assert settings.stop == Stop(rounds=3, compression=2, accuracy=90, max_drop=2)
     assert settings.guard == Guard(0.5, retries=2)
     training = _settings.Training(

@@ -155,6 +155,19 @@ def test_a_run_repairs_before_it_retrains(settings: Settings) -> None:
     assert rounds[0].seconds["repair"] > 0
 
 
+def test_positions_of_the_repair_decide_and_are_described_where_they_are_asked_for(settings: Settings) -> None:
+    assert "repair_positions" not in settings.described()
+    with pytest.raises(TorchtrimError, match="found 3 alone"):
+        said(replace(settings, repair_positions=3))
+    assert not settings.out.exists()
+    few = replace(settings, stop=Stop(rounds=1), repair=("least-squares",), repair_positions=3)
+    lines, rounds = said(few)
+    assert "repairs by least-squares, looks at 3 positions of an example" in "\n".join(lines)
+    assert rounds[0].seconds["repair"] > 0
+    with pytest.raises(StoreError, match="repair_positions: asked 4, found 3"):
+        said(replace(few, repair_positions=4), resume=True)
+
+
 def test_reconstruction_is_a_criterion_by_name(settings: Settings) -> None:
     options = {
         "criterion": "reconstruction",

@@ -247,6 +247,28 @@ def test_a_round_repairs_against_the_model_that_it_trims() -> None:
         )
 
 
+def test_positions_go_to_the_repair_and_to_reconstruction_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int | None]] = []
+    for name in ("repair", "reconstruction"):
+        usual = getattr(torchtrim, name)
+
+        def spy(*args, name=name, usual=usual, **options):
+            seen.append((name, options["positions"]))
+            return usual(*args, **options)
+
+        monkeypatch.setattr(f"torchtrim._loop.{name}", spy)
+    options = {"stop": Stop(rounds=1), "criterion": "reconstruction", "repair": "least-squares"}
+    rounds(chain(), repair_positions=3, **options)
+    rounds(chain(), **options)
+    assert seen == [("reconstruction", 3), ("repair", 3), ("reconstruction", None), ("repair", None)]
+    usual = {"retrain": retrain, "evaluate": accuracy, "rule": Fraction(0.1), "stop": Stop(1)}
+    with pytest.raises(TorchtrimError, match="at least 1 position"):
+        iterate(chain(), INPUTS, [INPUTS], repair="least-squares", repair_positions=0, **usual)
+    for repair in (None, "mean"):
+        with pytest.raises(TorchtrimError, match="expected a repair by least-squares or the criterion reconstruction"):
+            iterate(chain(), INPUTS, [INPUTS], repair=repair, repair_positions=4, **usual)
+
+
 def test_reconstruction_is_measured_of_each_rounds_model() -> None:
     model, layers = chain(), ["layers.1", "layers.3"]
     options = {"layers": layers, "stop": Stop(rounds=2), "criterion": "reconstruction", "repair": "least-squares"}

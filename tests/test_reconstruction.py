@@ -99,6 +99,48 @@ def test_a_neuron_that_others_can_stand_in_for_goes_first() -> None:
     assert np.sort(costs)[1] > 1e-4
 
 
+@pytest.mark.parametrize("build", CONSUMERS.values(), ids=CONSUMERS)
+@pytest.mark.parametrize("gives", [0.0, 3.0])
+def test_a_neuron_that_never_varies_costs_nothing(build, gives) -> None:
+    """Silent ones never do; what others give all the time is for a bias to make up for, where there is one."""
+    model = chain(build())
+    model.a.weight.data[[2, 6]] = 0
+    model.a.bias.data[[2, 6]] = gives
+    data = data_for(model.b)
+    costs = -torchtrim.reconstruction(model, data, data.split(4), ["a"])(torchtrim.profile(model, [data])["a"])
+    zeros_beside = getattr(model.b, "padding_mode", "") == "zeros" and model.b.padding not in (0, (0, 0))
+    if gives and (model.b.bias is None or zeros_beside):
+        assert costs[2] > 1e-6
+    else:
+        assert costs[2] == pytest.approx(0, abs=1e-12)
+    assert costs[0] > 1e-3
+
+
+@pytest.mark.parametrize("build", CONSUMERS.values(), ids=CONSUMERS)
+def test_the_ridge_is_on_what_changes_alone(build) -> None:
+    """As for `repair`: the weights that go are no change that it should keep small."""
+    model, ridge = chain(build()), 0.1
+    data = data_for(model.b)
+    costs = -torchtrim.reconstruction(model, data, [data], ["a"], ridge=ridge)(torchtrim.profile(model, [data])["a"])
+    x, y = read_by(model, "b", data)
+    x, y = unfolded(model.b, x), outputs_of(model.b, y)
+    if model.b.bias is not None:
+        x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+    per_group = model.b.weight.shape[1]
+    owner = np.repeat(np.arange(per_group), x.shape[2] // per_group)
+    weights = model.b.weight.detach().numpy().reshape(len(x), -1, x.shape[2]).transpose(0, 2, 1)
+    errors = []
+    for unit in range(per_group):
+        gone, error = owner == unit, 0.0
+        for some, weight in zip(x, weights, strict=True):
+            lacking, left = some[:, gone] @ weight[gone], some[:, ~gone]
+            root = np.sqrt(ridge * np.square(some).sum() / some.shape[1]) * np.eye(left.shape[1])
+            left, lacking = np.r_[left, root], np.r_[lacking, np.zeros((len(root), lacking.shape[1]))]
+            error += np.square(left @ np.linalg.lstsq(left, lacking, rcond=None)[0] - lacking).sum()
+        errors.append(error / np.square(y).sum())
+    assert costs.min() == pytest.approx(min(errors), rel=1e-6)
+
+
 def test_wide_layers_go_several_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model = chain(nn.Linear(40, 4), channels=40)
     data = images(500, 5)
@@ -135,6 +177,14 @@ def test_few_positions_give_the_costs_of_all_nearly() -> None:
     np.testing.assert_allclose(np.sort(few), np.sort(every), rtol=0.1)
 
 
+@pytest.mark.parametrize("examples", [1, 3, 30])
+def test_data_that_are_all_alike_cost_nothing(examples: int) -> None:
+    model = chain(nn.Linear(8, 4))
+    data = images(1, 5).expand(examples, 5)
+    costs = -torchtrim.reconstruction(model, data, [data], ["a"])(torchtrim.profile(model, [images(60, 5)])["a"])
+    assert costs == pytest.approx(0, abs=1e-9)
+
+
 def test_models_and_random_state_are_left_as_found() -> None:
     model = LeNet().train()
     data = torch.randn(20, 1, 28, 28)
@@ -155,6 +205,13 @@ def test_what_cannot_be_measured_is_said() -> None:
         torchtrim.reconstruction(model, data, iter([data]))
     with pytest.raises(TorchtrimError, match="at least 1 position"):
         torchtrim.reconstruction(model, data, [data], positions=0)
+    with pytest.raises(TorchtrimError, match="at least 1 input"):
+        torchtrim.reconstruction(model, data, [data], block=0)
+    for ridge in (0.0, -1.0, float("nan")):
+        with pytest.raises(TorchtrimError, match="reconstruction: expected a finite ridge above 0"):
+            torchtrim.reconstruction(model, data, [data], ridge=ridge)
+    with pytest.raises(ProfileError, match="b: its inputs depend on one another"):
+        torchtrim.reconstruction(model, data, [data[:3]], ridge=1e-30)
     with pytest.raises(ProfileError, match="not finite"):
         torchtrim.reconstruction(model, data, [data * float("nan")])
     criterion = torchtrim.reconstruction(model, data, [data], ["a"])

@@ -122,6 +122,61 @@ def test_the_squared_error_never_rises(build: Callable[[], nn.Module], block: in
     assert after < before
 
 
+def test_no_digits_are_lost_to_large_means() -> None:
+    """Inputs that vary by less than a millionth of what they are."""
+    model = chain(nn.Linear(8, 4))
+    model.a.bias.data += 1e8
+    data = data_for(model.b)
+    small = torchtrim.trim(model, PLAN, data)
+    repaired = torchtrim.repair(small, model, data, data.split(7), ridge=1e-9)
+    x, y = read_by(small, "b", data)[0].numpy(), read_by(model, "b", data)[1].numpy()
+    x, wanted = x - x.mean(0), y - y.mean(0)
+    best = x @ np.linalg.lstsq(x, wanted, rcond=None)[0] + y.mean(0)
+    np.testing.assert_allclose(read_by(repaired, "b", data)[1].numpy(), best, atol=1e-3)
+
+
+@pytest.mark.parametrize("build", CONSUMERS.values(), ids=CONSUMERS)
+def test_data_that_are_all_alike(build: Callable[[], nn.Module]) -> None:
+    model = chain(build())
+    data = data_for(model.b)[:1].expand(30, *data_for(model.b).shape[1:])
+    data = data.mean(tuple(range(2, data.ndim)), keepdim=True).expand_as(data)
+    small = torchtrim.trim(model, PLAN, data)
+    repaired = torchtrim.repair(small, model, data, data.split(7))
+    wanted = read_by(model, "b", data)[1]
+    before, after = ((read_by(one, "b", data)[1] - wanted).square().sum() for one in (small, repaired))
+    assert after < before
+
+
+def test_a_second_repair_sweeps_over_the_blocks_again() -> None:
+    model = chain(CONSUMERS["conv"]())
+    data = data_for(model.b)
+    small = torchtrim.trim(model, PLAN, data)
+    wanted = read_by(model, "b", data)[1]
+    best = torchtrim.repair(small, model, data, [data], ridge=1e-9)
+    once = torchtrim.repair(small, model, data, [data], ridge=1e-9, block=9)
+    twice = torchtrim.repair(once, model, data, [data], ridge=1e-9, block=9)
+    errors = [float((read_by(one, "b", data)[1] - wanted).square().sum()) for one in (small, once, twice, best)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] - errors[3] < 0.8 * (errors[1] - errors[3])
+
+
+@pytest.mark.parametrize("build", [*list(CONSUMERS.values())[2:], None], ids=[*list(CONSUMERS)[2:], "tokens"])
+@pytest.mark.parametrize("positions", [None, 30])
+def test_rows_are_looked_at_in_pieces(build, positions, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chain(build()) if build else Tokens().double()
+    data = images(6, 3, 9, 8)
+    small = torchtrim.trim(model, PLAN, data)
+    whole = torchtrim.repair(small, model, data, data.split(1), positions=positions)
+    sizes: list[int] = []
+    add = Moments.add
+    monkeypatch.setattr(Moments, "add", lambda self, rows: (sizes.append(rows.numel()), add(self, rows)))
+    monkeypatch.setattr("torchtrim._moments._PIECE", 200)
+    parts = torchtrim.repair(small, model, data, data.split(1), positions=positions)
+    assert max(sizes) <= 200
+    assert positions or len(sizes) > 6
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict(), rtol=1e-9, atol=1e-12)
+
+
 class Tokens(nn.Module):
     """A linear layer that reads rows of pixels."""
 
@@ -262,6 +317,67 @@ def test_the_mean_of_what_varies_is_numpys() -> None:
 
 # ------------------------------------------------------------------ batch norm
 
+OTHER_CHANNELS = {
+    "tokens": (lambda net, x: net.norm(net.b(net.a(x).relu())), nn.Linear, 4, 6, (50, 4, 5)),
+    "as many tokens": (lambda net, x: net.norm(net.b(net.a(x).relu())), nn.Linear, 6, 6, (50, 6, 5)),
+    "a part": (lambda net, x: net.norm(net.b(net.a(x).relu())[:, 2:]), nn.Linear, 4, 4, (50, 5)),
+    "flattened positions": (
+        lambda net, x: net.norm(net.b(net.a(x).relu()).flatten(1)),
+        lambda ins, outs, bias=True: nn.Conv1d(ins, outs, 3, bias=bias),
+        24,
+        24,
+        (50, 5, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["mean", "least-squares"])
+@pytest.mark.parametrize(("forward", "layer", "channels", "last", "shape"), OTHER_CHANNELS.values(), ids=OTHER_CHANNELS)
+def test_a_norm_with_other_channels_takes_no_constant(forward, layer, channels, last, shape, how) -> None:
+    torch.manual_seed(0)
+    modules = {"a": layer(5, 8), "b": layer(8, 6, bias=False), "norm": nn.BatchNorm1d(channels)}
+    out = nn.Linear(last, 2)
+    model = randomised(Net(lambda net, x: net.out(forward(net, x).relu()), {**modules, "out": out}))
+    data = images(*shape)
+    small = torchtrim.trim(model, PLAN, data)
+    repaired = torchtrim.repair(small, model, data, data.split(10), how)
+    assert torch.equal(repaired.norm.running_mean, model.norm.running_mean)
+    assert (repaired.b.bias is None) == (how == "least-squares")
+    wanted = read_by(model, "b", data)[1]
+    before, after = ((read_by(one, "b", data)[1] - wanted).square().sum() for one in (small, repaired))
+    assert after < before
+
+
+@pytest.mark.parametrize("how", ["mean", "least-squares"])
+@pytest.mark.parametrize("move", [lambda x: x.transpose(1, 2), lambda x: x.flatten(0, 1)])
+def test_a_norm_behind_a_view_of_a_layer_takes_its_constant(move, how) -> None:
+    torch.manual_seed(0)
+    modules = {"a": nn.Linear(5, 8), "b": nn.Linear(8, 6, bias=False), "norm": nn.BatchNorm1d(6)}
+    model = randomised(Net(lambda net, x: net.norm(move(net.b(net.a(x).relu()))).relu().flatten(1), modules))
+    constant(model.a, [1, 2, 5, 6])
+    data = images(20, 4, 5)
+    small = torchtrim.trim(model, PLAN, data)
+    repaired = torchtrim.repair(small, model, data, data.split(10), how)
+    torch.testing.assert_close(repaired(data), model(data), rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_of_one_is_not_normalised_by_itself() -> None:
+    model, data, plan = branches()
+    small = torchtrim.trim(model, plan, data)
+    repaired = torchtrim.repair(small, model, data, [data[:59], data[59:]], "batchnorm")
+    y = read_by(small, "norm", data)[0].numpy()
+    np.testing.assert_allclose(repaired.norm.running_mean, y.mean(0))
+    assert not any(module._forward_pre_hooks for module in repaired.modules())
+
+
+def test_variances_do_not_fall_below_zero() -> None:
+    model, data, plan = branches()
+    model.twice.bias.data += 1e6
+    small = torchtrim.trim(model, plan, data)
+    repaired = torchtrim.repair(small, model, data, [data[:1].expand(3001, 5)], "batchnorm")
+    assert (repaired.norm.running_var >= 0).all()
+    assert repaired(data).isfinite().all()
+
 
 def test_norms_are_measured_as_numpy_does() -> None:
     model = chain(nn.Conv2d(8, 4, 3))
@@ -380,6 +496,29 @@ def test_moments_are_as_small_as_asked(block: int, monkeypatch: pytest.MonkeyPat
     torchtrim.repair(small, model, data, [data], block=block)
     assert max(widest) == min(block, 5)
     assert sum(widest) >= 5 + 4 + 4
+
+
+def test_moments_of_all_groups_together_are_as_small_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chain(nn.Conv2d(8, 6, 1, groups=2))
+    data = images(6, 3, 9, 8)
+    small = torchtrim.trim(model, PLAN, data)
+    sizes: list[int] = []
+    add = Moments.add
+    monkeypatch.setattr(
+        Moments, "add", lambda self, rows: (sizes.append(len(rows) * rows.shape[2] ** 2), add(self, rows))
+    )
+    torchtrim.repair(small, model, data, [data], block=2)
+    assert sizes[:2] == [2, 2]  # one input of each group, then the other
+
+
+def test_a_batch_of_nothing_adds_nothing() -> None:
+    for build in (CONSUMERS["linear"], CONSUMERS["conv"]):
+        model = chain(build())
+        data = data_for(model.b)
+        small = torchtrim.trim(model, PLAN, data)
+        empty = data[:0]
+        some, whole = (torchtrim.repair(small, model, data, batches) for batches in ([empty, data, empty], [data]))
+        torch.testing.assert_close(some.state_dict(), whole.state_dict())
 
 
 def test_several_trims_are_repaired_against_the_first_model() -> None:
@@ -531,6 +670,35 @@ def test_models_data_and_random_state_are_left_as_found(how) -> None:
     assert all(parameter.grad is None for parameter in repaired.parameters())
 
 
+def test_a_call_with_gradients_leaves_none() -> None:
+    model, data, plan = branches()
+    small = torchtrim.trim(model, plan, data)
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return model(batch)
+
+    how = ("mean", "least-squares", "batchnorm")
+    repaired, usual = (torchtrim.repair(small, model, data, [data], how, forward=call) for call in (forward, None))
+    assert all(torch.equal(tensor, usual.state_dict()[name]) for name, tensor in repaired.state_dict().items())
+    assert not any(buffer.requires_grad for buffer in repaired.buffers())
+    assert all(parameter.is_leaf for parameter in repaired.parameters())
+    with_gradients, without = (
+        torchtrim.reconstruction(model, data, [data], forward=call)(torchtrim.profile(model, [data])["a"])
+        for call in (forward, None)
+    )
+    np.testing.assert_array_equal(with_gradients, without)
+
+
+def test_hooks_that_change_what_a_layer_computes_are_not_heard() -> None:
+    model = chain(nn.Linear(8, 4))
+    data = data_for(model.b)
+    usual = torchtrim.repair(torchtrim.trim(model, PLAN, data), model, data, [data])
+    model.b.register_forward_hook(lambda module, args, outputs: 2 * outputs)
+    repaired = torchtrim.repair(torchtrim.trim(model, PLAN, data), model, data, [data])
+    torch.testing.assert_close(repaired.b.state_dict(), usual.b.state_dict())
+
+
 def test_a_repaired_model_is_saved_and_trimmed_again(tmp_path) -> None:
     """Biases that the ancestor does not have included."""
     model, data, plan = branches()
@@ -572,6 +740,7 @@ def test_a_repaired_model_is_saved_and_trimmed_again(tmp_path) -> None:
         ({"batches": []}, ProfileError, "at least one batch"),
         ({"batches": [images(60, 5), images(4, 3)]}, ProfileError, "cannot run on batch 2: RuntimeError"),
         ({"batches": [images(60, 5) * float("nan")]}, ProfileError, "not finite"),
+        ({"batches": [images(2, 5)], "ridge": 1e-30}, ProfileError, "left: its inputs depend on one another"),
     ],
 )
 def test_what_cannot_be_done_is_said(options, error, message) -> None:

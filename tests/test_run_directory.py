@@ -19,7 +19,7 @@ import torchtrim
 from test_store import MODELS, assert_same, made
 from torchtrim import Fraction, Progressive, Round, Stop, TorchtrimWarning, _loop, _run_directory
 from torchtrim._run_directory import RunDirectory
-from torchtrim.errors import PlanError, StoreError
+from torchtrim.errors import PlanError, StoreError, TorchtrimError
 
 run = partial(torchtrim.run, rule=Fraction(0.2))
 
@@ -128,6 +128,21 @@ def test_an_interrupted_run_that_repairs_comes_to_the_same_result(tmp_path, name
     assert_same_rounds(whole, Work(name).run(work.fresh(), tmp_path / "parts", resume=True, **options))
     with pytest.raises(StoreError, match="repair"):
         work.run(work.fresh(), tmp_path / "parts", resume=True)
+
+
+def test_positions_of_the_repair_are_kept_where_they_are_asked_for(tmp_path) -> None:
+    options = {"repair": "least-squares", "repair_positions": 2}
+    work = Work("BatchNorm")
+    whole = work.run(work.ancestor(), tmp_path / "few", rounds=1, **options)
+    assert json.loads((tmp_path / "few" / "run.json").read_text())["settings"]["repair_positions"] == 2
+    assert_same_rounds(whole, work.run(work.fresh(), tmp_path / "few", rounds=1, resume=True, **options))
+    with pytest.raises(StoreError, match="repair_positions"):
+        work.run(work.fresh(), tmp_path / "few", rounds=1, resume=True, repair="least-squares")
+    work.run(work.ancestor(), tmp_path / "all", rounds=1, repair="least-squares")
+    assert "repair_positions" not in json.loads((tmp_path / "all" / "run.json").read_text())["settings"]
+    with pytest.raises(TorchtrimError, match="found 2 alone"):
+        work.run(work.ancestor(), tmp_path / "none", rounds=1, repair="mean", repair_positions=2)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("interrupt", [1, 3])

@@ -49,7 +49,8 @@ class Calibration:
         enough = self._calls.get(model, 0)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> None:
-            listeners[module](args[0] if args else kwargs["input"], outputs)
+            read = args[0] if args else kwargs["input"]
+            listeners[module](read.detach(), outputs.detach())  # a model may ask for gradients by itself
             heard.append(module)
             if len(heard) == enough:
                 raise _Enough
@@ -70,7 +71,8 @@ class Calibration:
         inputs = moved(batch, device_of(model))
         with ExitStack() as handles:
             for module, hook in hooks.items():
-                handles.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+                # ahead of hooks of the model's own, which may change what the module computes
+                handles.enter_context(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
             try:
                 with torch.no_grad():
                     return self._call(model, inputs)

@@ -89,14 +89,16 @@ def _used(graph: NeuronGraph) -> dict[str | int, list[int]]:
 
 
 def _norm_behind(graph: NeuronGraph, uses: Mapping[str | int, list[int]], weight: str) -> str | None:
-    """The batch norm that alone reads what is computed with a weight, and reads nothing else."""
+    """The batch norm that alone reads what is computed with a weight, reads nothing else, and has its channels."""
     steps = graph.recordings[0][1]
     readers = [reader for step in uses.get(weight, ()) for reader in uses.get(step, ())]
     if len(readers) != 1 or steps[readers[0]].name not in _NORMS:
         return None
     sources = [str(origin.source[0]) for origin in steps[readers[0]].origins]
     means = [source for source in sources if source.endswith(".running_mean") and len(uses[source]) == 1]
-    return means[0].removesuffix(".running_mean") if means else None
+    if not means or not np.array_equal(graph.axes[means[0]][0], graph.axes[weight][0]):
+        return None  # it may read a part, or have positions for channels
+    return means[0].removesuffix(".running_mean")
 
 
 def _reads(graph: NeuronGraph, uses: Mapping[str | int, list[int]], weight: str) -> Any:

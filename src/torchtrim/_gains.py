@@ -62,7 +62,8 @@ def errors_at_outputs(
 
 
 def _floating(outputs: Any) -> list[Tensor]:
-    return [one for one in pytree.tree_leaves(outputs) if isinstance(one, Tensor) and one.is_floating_point()]
+    tensors = (one for one in pytree.tree_leaves(outputs) if isinstance(one, Tensor))
+    return [one.detach() for one in tensors if one.is_floating_point()]
 
 
 def _squares(tensors: Sequence[Tensor]) -> Floats:

@@ -27,6 +27,7 @@ from torchtrim._guard import Attempt
 from torchtrim._loop import iterate
 from torchtrim._measure import check_tolerance
 from torchtrim._measuring import Watched
+from torchtrim._repair import check_repair_positions
 from torchtrim._report import Ancestor, RoundTable
 from torchtrim._rounds import Progressive, Round
 from torchtrim._run_directory import RunDirectory
@@ -51,7 +52,7 @@ def run(
     All is kept in the directory `settings.out`; with `resume`, an interrupted run goes on after its last whole round.
     Raises TorchtrimError, before any work if what is asked cannot be done.
     """
-    criteria.resolve(settings.criterion)
+    check_repair_positions(settings.repair_positions, settings.repair, criteria.resolve(settings.criterion))
     check_tolerance(settings.zero_tolerance)
     if settings.training is None and settings.source.untrained:
         raise ModelError(
@@ -149,6 +150,7 @@ class _Trimming:
             criterion=settings.criterion,
             through_norms=settings.through_norms,
             repair=settings.repair or None,
+            repair_positions=settings.repair_positions,
             guard=settings.guard,
             on_rejected=reject,
             zero_tolerance=settings.zero_tolerance,

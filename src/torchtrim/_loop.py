@@ -26,7 +26,7 @@ from torchtrim._measure import check_tolerance, profile
 from torchtrim._plan import Plan
 from torchtrim._profile import Profile
 from torchtrim._reconstruction import reconstruction
-from torchtrim._repair import Ways, checked_ways, repair
+from torchtrim._repair import Ways, check_repair_positions, checked_ways, repair
 from torchtrim._rounds import Progressive, Round, Stop
 from torchtrim._schedule import budget_of_round
 from torchtrim._select import Rule, check_layers, resolve_rule, select
@@ -56,6 +56,7 @@ def iterate(
     done: Sequence[Round] = (),
     through_norms: bool = False,
     repair: Ways | None = None,
+    repair_positions: int | None = None,
     guard: Guard | float | None = None,
     on_rejected: Callable[[Attempt], Any] | None = None,
     zero_tolerance: float = 0.0,
@@ -70,10 +71,12 @@ def iterate(
     or in one, each of which cuts by the same factor; the loop ends there. layers: names or patterns,
     `Progressive(...)`, or None for all that can be trimmed. done: rounds of an interrupted loop of the same arguments;
     it goes on after them, with the same result as without the interruption. through_norms: as for `trace`. repair: how
-    each trimmed model is repaired from `batches` before it is retrained, as for `repair`; None: it is not. guard: which
-    rounds are rolled back and tried again with less, as `Guard` says; a number is its largest drop. on_rejected: called
-    with each attempt when it is rolled back; those of a round that holds at last are its `rejected` too. A loop of
-    which no round holds warns, with the figures. zero_tolerance: as for `profile`.
+    each trimmed model is repaired from `batches` before it is retrained, as for `repair`; None: it is not.
+    repair_positions: at how many of an example's positions least squares looks, as the `positions` of `repair`, and the
+    criterion "reconstruction" too; None: at all. guard: which rounds are rolled back and tried again with less, as
+    `Guard` says; a number is its largest drop. on_rejected: called with each attempt when it is rolled back; those of a
+    round that holds at last are its `rejected` too. A loop of which no round holds warns, with the figures.
+    zero_tolerance: as for `profile`.
 
     Raises, before any work: TraceError when the model cannot run on the example, PlanError for unknown or locked
     layers, or when none can be trimmed. Surgery and measuring raise theirs.
@@ -81,11 +84,11 @@ def iterate(
     graph = trace(model, example, through_norms=through_norms)
     blank = unmeasured(model, graph)
     check_layers(blank, None if isinstance(layers, Progressive) else layers)
-    criteria.resolve(criterion)
+    ways = None if repair is None else checked_ways(repair)
+    check_repair_positions(repair_positions, ways or (), criteria.resolve(criterion))
     check_tolerance(zero_tolerance)
     if isinstance(rule, Budget):
         rule.check(blank.widths)
-    ways = None if repair is None else checked_ways(repair)
     guard = checked_guard(guard)
     if isinstance(batches, Iterator):
         raise TorchtrimError(
@@ -106,6 +109,7 @@ def iterate(
         seed,
         through_norms,
         ways,
+        repair_positions,
         guard,
         on_rejected,
         zero_tolerance,
@@ -129,6 +133,7 @@ class _Settings:
     seed: int
     through_norms: bool
     repair: Ways | None
+    repair_positions: int | None
     guard: Guard | None
     on_rejected: Callable[[Attempt], Any] | None
     zero_tolerance: float
@@ -240,7 +245,15 @@ def _try(model: nn.Module, plan: Plan, number: int, settings: _Settings, clock: 
         return None
     if settings.repair is not None:
         with clock("repair"):
-            small = repair(small, model, settings.example, settings.batches, settings.repair, forward=settings.forward)
+            small = repair(
+                small,
+                model,
+                settings.example,
+                settings.batches,
+                settings.repair,
+                forward=settings.forward,
+                positions=settings.repair_positions,
+            )
     with clock("evaluate"):
         trimmed, trimmed_test = settings.evaluate(small), settings.tested(small)
     with clock("retrain"), _seeded(settings.seed, number):
@@ -282,9 +295,14 @@ def _criterion(model: nn.Module, layers: Sequence[str] | None, settings: _Settin
     criterion = criteria.resolve(settings.criterion)
     if criterion is not criteria.reconstruction:
         return criterion
-    norms = settings.through_norms
     return reconstruction(
-        model, settings.example, settings.batches, layers, forward=settings.forward, through_norms=norms
+        model,
+        settings.example,
+        settings.batches,
+        layers,
+        forward=settings.forward,
+        positions=settings.repair_positions,
+        through_norms=settings.through_norms,
     )
 
 

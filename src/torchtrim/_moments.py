@@ -11,39 +11,58 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtrim._consumers import Reader
+from torchtrim.errors import ProfileError, TorchtrimError
 
 _PIECE = 1 << 23  # numbers that are looked at at a time: 64 MiB of them
 
 
 class Moments:
-    """Sums over rows x: how many, Σ x and Σ x xᵀ; float64 [groups, features], [groups, features, features]."""
+    """Sums over rows x: how many, Σ x and Σ x xᵀ; float64 [groups, features], [groups, features, features].
+
+    The rows are counted from the first of them: inputs that never vary are exactly 0 then, and no digits are lost to
+    large means.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.first: Tensor | None = None
         self.total = self.square = torch.zeros((), dtype=torch.float64)
 
+    def about(self, rows: Tensor) -> Tensor:
+        """Rows as they are added: less the first of all; float64 [groups, rows, features]."""
+        if self.first is None:
+            self.first = rows[:, :1].clone()
+        return rows - self.first
+
     def add(self, rows: Tensor) -> None:
-        """rows: float64 [groups, rows, features]."""
+        """rows: of `about`."""
         self.count += rows.shape[1]
         self.total = self.total.to(rows.device) + rows.sum(1)
         self.square = _added(self.square.to(rows.device), rows, rows)
 
+    @property
+    def mean(self) -> Tensor:
+        """Of the rows as they are read; float64 [groups, features]."""
+        assert self.first is not None
+        return self.first.squeeze(1) + self.total / self.count
+
     def spread(self, *, centred: bool) -> Tensor:
         """Σ x xᵀ, about the mean or about zero, in memory of its own."""
+        square = self.square.baddbmm(self.total.unsqueeze(2), self.total.unsqueeze(1), alpha=-1 / self.count)
         if not centred:
-            return self.square.clone()
-        return self.square.baddbmm(self.total.unsqueeze(2), self.total.unsqueeze(1), alpha=-1 / self.count)
+            square.baddbmm_(self.mean.unsqueeze(2), self.mean.unsqueeze(1), alpha=self.count)
+        return square
 
 
 class Residuals:
-    """Sums over rows x with what a layer lacks there, y: Σ y, Σ y², Σ x yᵀ; float64, by group."""
+    """Sums over rows x, of `about`, with what a layer lacks there, y: Σ y, Σ y², Σ x yᵀ; float64, by group."""
 
     def __init__(self) -> None:
         self.count = 0
         self.total = self.square = self.product = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows: Tensor, lacking: Tensor) -> None:
-        """rows: float64 [groups, rows, features]. lacking: float64 [groups, rows, outputs of a group]."""
+        """rows: of `about`. lacking: float64 [groups, rows, outputs of a group]."""
         self.count += rows.shape[1]
         self.total = self.total.to(rows.device) + lacking.sum(1)
         self.square = self.square.to(rows.device) + lacking.square().sum(1)
@@ -106,30 +125,54 @@ def _added(sums: Tensor, one: Tensor, other: Tensor) -> Tensor:
     return sums.baddbmm_(one.mT, other)
 
 
-def fit(moments: Moments, residuals: Residuals, *, ridge: float, centred: bool) -> tuple[Tensor, Tensor]:
+def fit(moments: Moments, residuals: Residuals, *, ridge: float, centred: bool, name: str) -> tuple[Tensor, Tensor]:
     """What to add to weights and bias, so that a layer's outputs lack as little as can be.
 
     Minimises Σ |y − D x − d|² / rows + λ |D|², with λ the mean variance of an input times `ridge`; d is 0 unless
     `centred`. Since λ weighs what is added, not what there is, the error on these data never rises.
     Returns float64 [groups, features, outputs of a group], [groups, outputs of a group].
     """
-    square = moments.spread(centred=centred)
-    product = residuals.product
-    if centred:
-        product = product.baddbmm(moments.total.unsqueeze(2), residuals.total.unsqueeze(1), alpha=-1 / moments.count)
-    damp(square, ridge)
-    added = torch.cholesky_solve(product, torch.linalg.cholesky(square))
-    mean = moments.total / moments.count
-    bias = residuals.total / moments.count - (mean.unsqueeze(1) @ added).squeeze(1)
+    total = residuals.total.unsqueeze(1)
+    product = residuals.product.baddbmm(moments.total.unsqueeze(2), total, alpha=-1 / moments.count)
+    if not centred:
+        product.baddbmm_(moments.mean.unsqueeze(2), total)
+    added = torch.cholesky_solve(product, factor(moments.spread(centred=centred), ridge, name))
+    bias = residuals.total / moments.count - (moments.mean.unsqueeze(1) @ added).squeeze(1)
     return added, bias if centred else torch.zeros_like(bias)
 
 
-def damp(square: Tensor, ridge: float) -> None:
-    """Add to the variances of inputs, relative to their mean, in place; [groups, features, features]."""
+def factor(square: Tensor, ridge: float, name: str) -> Tensor:
+    """The Cholesky factor once the ridge is added to the variances of inputs, in place; [groups, features, features].
+
+    Raises ProfileError, with the layer's name: a ridge that rounding swallows.
+    """
     diagonal = square.diagonal(dim1=1, dim2=2)
     level = diagonal.mean(1, keepdim=True).clamp_min(1e-300)  # inputs may all be silent
     # an input that never varies gets no weight, whatever its sums have rounded to
     diagonal += ridge * level + torch.where(diagonal <= 1e-12 * level, level, 0.0)
+    found, failed = torch.linalg.cholesky_ex(square)
+    if failed.any():
+        raise ProfileError(
+            f"{name}: its inputs depend on one another to the last digit; expected a larger ridge, found {ridge!r}"
+        )
+    return found
+
+
+def check_fit(where: str, ridge: float, block: int, positions: int | None) -> None:
+    """Raises TorchtrimError: numbers with which least squares cannot be done."""
+    if not (math.isfinite(ridge) and ridge > 0):
+        raise TorchtrimError(f"{where}: expected a finite ridge above 0, found {ridge!r}")
+    if block < 1:
+        raise TorchtrimError(f"{where}: expected blocks of at least 1 input, found {block!r}")
+    check_positions(where, positions)
+
+
+def check_positions(where: str, positions: int | None) -> None:
+    """Raises TorchtrimError: fewer than one position."""
+    if positions is not None and positions < 1:
+        raise TorchtrimError(
+            f"{where}: expected at least 1 position of an example, or None for all, found {positions!r}"
+        )
 
 
 # ------------------------------------------------------------------ rows
@@ -145,9 +188,10 @@ def groups(module: Reader) -> int:
 
 
 def pieces(module: Reader, block: int) -> list[slice]:
-    """A layer's input channels (of a group) in as few and as equal pieces as have at most `block` inputs each."""
+    """A layer's input channels (of a group) in few and equal pieces, whose moments are at most `block` squared."""
     width = module.weight.shape[1]
-    count = -(-width // max(1, block // features(module)))
+    inputs = math.isqrt(block**2 // groups(module))
+    count = -(-width // max(1, inputs // features(module)))
     return [slice(width * place // count, width * (place + 1) // count) for place in range(count)]
 
 
@@ -159,12 +203,17 @@ def rows(
     In pieces of bounded size: float64 [groups, rows, features], float64 [groups, rows, outputs of a group].
     positions: at most so many of an example's, drawn anew for each piece; the seed decides which.
     """
+    if not inputs.numel():
+        return
     draw = torch.Generator().manual_seed(seed)
     if isinstance(module, nn.Linear):
         read = inputs[..., channels]
         if read.ndim > 2 and (places := _drawn(read.shape[1:-1], positions, draw)) is not None:
             read, outputs = (one.flatten(1, -2)[:, places.to(one.device)] for one in (read, outputs))
-        yield _flat(read), _flat(outputs)
+        read, outputs = (one.reshape(-1, one.shape[-1]) for one in (read, outputs))
+        step = max(1, _PIECE // max(read.shape[1], outputs.shape[1]))
+        for some, theirs in zip(read.split(step), outputs.split(step), strict=True):
+            yield some.double().unsqueeze(0), theirs.double().unsqueeze(0)
         return
     space = len(module.kernel_size)
     if inputs.ndim == space + 1:  # a single image, not in a batch
@@ -174,7 +223,12 @@ def rows(
     step = max(1, int(_PIECE // (seen * width)))
     for some, theirs in zip(inputs.split(step), outputs.split(step), strict=True):
         places = _drawn(theirs.shape[2:], positions, draw)
-        yield _patches(module, some, channels, places), _positions(theirs, module.groups, places)
+        if seen * width <= _PIECE:
+            parts: Sequence[Tensor | None] = [places]
+        else:  # of one image, by parts
+            parts = (torch.arange(int(seen)) if places is None else places).split(max(1, _PIECE // width))
+        for part in parts:
+            yield _patches(module, some, channels, part), _positions(theirs, module.groups, part)
 
 
 def _drawn(shape: torch.Size, positions: int | None, draw: torch.Generator) -> Tensor | None:
@@ -182,10 +236,6 @@ def _drawn(shape: torch.Size, positions: int | None, draw: torch.Generator) -> T
     if positions is None or positions >= shape.numel():
         return None
     return torch.randperm(shape.numel(), generator=draw)[:positions]
-
-
-def _flat(values: Tensor) -> Tensor:
-    return values.reshape(1, -1, values.shape[-1]).double()
 
 
 def _positions(outputs: Tensor, groups: int, places: Tensor | None) -> Tensor:

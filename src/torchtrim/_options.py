@@ -116,6 +116,16 @@ Repair = Annotated[
         rich_help_panel=TRIM,
     ),
 ]
+RepairPositions = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Look at N positions of each example, drawn at random, for least-squares and the criterion "
+        "reconstruction; for large images. Without: at all.",
+        rich_help_panel=TRIM,
+    ),
+]
 Parameters = Annotated[
     float | None,
     typer.Option(

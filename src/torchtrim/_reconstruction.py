@@ -21,12 +21,12 @@ from torchtrim._forward import Forward
 from torchtrim._gains import Refitted, errors_at_outputs
 from torchtrim._graph import trace
 from torchtrim._labels import Atoms
-from torchtrim._moments import Moments, damp, features, groups, pieces, rows
+from torchtrim._moments import Moments, check_fit, factor, features, groups, pieces, rows
 from torchtrim._neurons import Layer, NeuronGraph
 from torchtrim._select import check_layers
 from torchtrim._unmeasured import unmeasured
 from torchtrim.criteria import Criterion, Floats, LayerProfile
-from torchtrim.errors import PlanError, ProfileError, TorchtrimError
+from torchtrim.errors import PlanError, ProfileError
 
 _EXACT = 256  # neurons left, up to which they go one by one; of more, as many at once as there are times as many
 _DAMAGE = 0.3  # the error of layers of which it is measured what becomes at the outputs
@@ -54,16 +54,15 @@ def reconstruction(
     few hundred examples once for each group, refitted without as many neurons as cost an error of 30 %.
 
     example: as for `trim`; what `trace` found will do. batches, forward: as for `profile`; a pass over them for as many
-    layers as `block` has room for. layers: as for `select`. ridge, block, positions: as for `repair`; a layer with more
-    inputs than `block` is looked at by blocks, each of which has to make up for its own. through_norms: as for `trace`.
+    layers as `block` has room for. Of each layer that reads neurons the square of its inputs (times the kernel), or of
+    its blocks, is kept in float64, and twice while its group is looked at. layers: as for `select`. ridge, block,
+    positions: as for `repair`; a layer with more inputs than `block` is looked at by blocks, each of which has to make
+    up for its own. through_norms: as for `trace`.
 
     Raises PlanError: layers that are unknown or locked, or that no linear or convolutional layer reads. Raises
     ProfileError: batches that do not fit.
     """
-    if positions is not None and positions < 1:
-        raise TorchtrimError(
-            f"reconstruction: expected at least 1 position of an example, or None for all, found {positions!r}"
-        )
+    check_fit("reconstruction", ridge, block, positions)
     graph = example if isinstance(example, NeuronGraph) else trace(model, example, through_norms=through_norms)
     profile = unmeasured(model, graph)
     check_layers(profile, layers)
@@ -180,7 +179,7 @@ class _Reader:
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         for read, _ in rows(self.module, inputs, outputs, self.columns, self.positions, self.moments.count):
-            self.moments.add(read)
+            self.moments.add(self.moments.about(read))
 
     def solve(self, ridge: float) -> None:
         """The inverse of the moments, float64 [groups, inputs, inputs]; from here on they are not needed."""
@@ -190,11 +189,13 @@ class _Reader:
         if not square.isfinite().all():
             raise ProfileError(f"{self.name}: what it reads is not finite; look at the weights and the data")
         self.weight = self._original()
-        self.mean = self.moments.total / self.moments.count
+        self.mean = self.moments.mean
         self.variance = float((self.weight * (square @ self.weight)).sum())
         self.moments.square = self.moments.total
-        damp(square, ridge)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(square))
+        variances = square.diagonal(dim1=1, dim2=2).clone()
+        self.inverse = torch.cholesky_inverse(factor(square, ridge, self.name))
+        added = square.diagonal(dim1=1, dim2=2) - variances
+        self.free = added * self.weight.square().sum(2)  # what goes is no change of what is left, and costs no ridge
 
     def copy(self) -> "_Reader":
         """Another that is whole when this one is."""
@@ -225,14 +226,19 @@ class _Reader:
         return found / (self.variance or 1.0)
 
     def _rise(self, inputs: Tensor) -> Tensor:
-        """Of sets of inputs, int64 [sets, inputs]: Σ w (P⁻¹) w over the groups, P the inverse's block of a set."""
+        """Of sets of inputs, int64 [sets, inputs]: Σ w (P⁻¹) w over the groups, P the inverse's block of a set.
+
+        Less the ridge on the weights that go, which the inverse has like that on all others.
+        """
         inputs = inputs.to(self.weight.device)
         weight = self.weight[:, inputs]
         if inputs.shape[1] == 1:
             diagonal = self.inverse.diagonal(dim1=1, dim2=2)[:, inputs[:, 0]]
-            return (weight.square().sum((2, 3)) / diagonal).sum(0)
-        block = self.inverse[:, inputs[:, :, None], inputs[:, None, :]]
-        return (weight * torch.linalg.solve(block, weight)).sum((0, 2, 3))
+            rise = (weight.square().sum((2, 3)) / diagonal).sum(0)
+        else:
+            block = self.inverse[:, inputs[:, :, None], inputs[:, None, :]]
+            rise = (weight * torch.linalg.solve(block, weight)).sum((0, 2, 3))
+        return (rise - self.free[:, inputs].sum((0, 2))).clamp_min(0)
 
     def remove(self, units: Atoms) -> float:
         """Do without these, the others making up for them; by how much the squared error rises."""

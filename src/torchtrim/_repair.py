@@ -5,9 +5,9 @@ each layer that lost inputs, so that it computes what the original does there; H
 Accelerating Very Deep Neural Networks", 2017, section 3.1. "batchnorm" measures the statistics of batch norms anew.
 """
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -16,15 +16,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchtrim import criteria
 from torchtrim._calibration import Calibration, Listener, as_found
 from torchtrim._consumers import Consumer, Reader, consumers, difference, levels
 from torchtrim._copies import named_modules, named_tensors, rebuild
 from torchtrim._forward import Forward
 from torchtrim._graph import untried
 from torchtrim._history import history, set_history
-from torchtrim._moments import ChannelSums, InputMeans, Moments, Residuals, features, fit, groups, pieces, rows
+from torchtrim._moments import (
+    ChannelSums,
+    InputMeans,
+    Moments,
+    Residuals,
+    check_fit,
+    check_positions,
+    features,
+    fit,
+    groups,
+    pieces,
+    rows,
+)
 from torchtrim._neurons import Kept, NeuronGraph
 from torchtrim._trial import tried
+from torchtrim.criteria import Criterion
 from torchtrim.errors import PlanError, ProfileError, TorchtrimError, TorchtrimWarning
 
 Way: TypeAlias = Literal["mean", "least-squares", "batchnorm"]
@@ -58,8 +72,8 @@ def repair(
       original, on inputs that are repaired already. The squared error there never rises. Costs a pass of both models
       for each layer that lies behind another; in float64, the square of its inputs (times the kernel), at most
       32 · block² bytes, beside what the models take. Layers with more inputs than `block` are fitted by parts, a pass
-      for each, each given what the others do: better than before, not the best. Where there is no bias, and no batch
-      norm that alone follows, none is made.
+      for each, each given what the others do: better than before, not the best; to repair what is repaired comes
+      closer. Where there is no bias, and no batch norm that alone follows, none is made.
     - "batchnorm": the mean and variance of each batch norm are those of the data. One pass of the trimmed model, in
       which batches are normalised by themselves; so let them be as large as in training.
 
@@ -73,14 +87,7 @@ def repair(
     Raises ProfileError: batches that do not fit, or values that are not finite.
     """
     ways = checked_ways(how)
-    if not (math.isfinite(ridge) and ridge > 0):
-        raise TorchtrimError(f"repair: expected a finite ridge above 0, found {ridge!r}")
-    if block < 1:
-        raise TorchtrimError(f"repair: expected blocks of at least 1 input, found {block!r}")
-    if positions is not None and positions < 1:
-        raise TorchtrimError(
-            f"repair: expected at least 1 position of an example, or None for all, found {positions!r}"
-        )
+    check_fit("repair", ridge, block, positions)
     data = Calibration(batches, forward)
     graph, kept = _what_is_left(original, trimmed, example)
     repaired = rebuild(trimmed, {name: tensor.detach().clone() for name, tensor in named_tensors(trimmed).items()})
@@ -112,6 +119,16 @@ def checked_ways(how: Ways) -> tuple[Way, ...]:
     if "mean" in ways and ways[0] != "mean":
         raise TorchtrimError(f'repair: expected "mean" first, since it is of the weights as they were, found {ways}')
     return ways
+
+
+def check_repair_positions(positions: int | None, ways: Sequence[Way], criterion: Criterion) -> None:
+    """Raises TorchtrimError: fewer than one position of an example, or nothing asked for that looks at them."""
+    check_positions("repair positions", positions)
+    if positions is not None and "least-squares" not in ways and criterion is not criteria.reconstruction:
+        raise TorchtrimError(
+            "repair positions: expected a repair by least-squares or the criterion reconstruction, which look at them, "
+            f"found {positions} alone"
+        )
 
 
 def _what_is_left(original: nn.Module, trimmed: nn.Module, example: Any) -> tuple[NeuronGraph, Kept]:
@@ -263,7 +280,8 @@ class _Work:
             if shift is not None:
                 lacking = lacking - shift.view(-1, *[1] * (lacking.ndim - 1 - want.axis(lacking)))
             seed = task.residuals.count  # so that tasks that share their moments look at the same positions
-            for read, lacked in rows(task.module, inputs, lacking, task.columns, self.positions, seed):
+            for found, lacked in rows(task.module, inputs, lacking, task.columns, self.positions, seed):
+                read = task.moments.about(found)
                 if task.leads:
                     task.moments.add(read)
                 task.residuals.add(read, lacked)
@@ -280,7 +298,7 @@ class _Work:
         if not module.weight.requires_grad:
             self._add_constant(consumer, (residuals.total / residuals.count).flatten())
             return
-        added, constant = fit(task.moments, residuals, ridge=ridge, centred=centred)
+        added, constant = fit(task.moments, residuals, ridge=ridge, centred=centred, name=consumer.name)
         weight = module.weight.data.unflatten(0, (groups(module), -1))[:, :, task.columns]
         weight += added.mT.reshape(weight.shape).to(weight)
         if centred:
@@ -296,16 +314,14 @@ class _Work:
                     sums[module] = ChannelSums()
                 else:
                     self.notes[name] = "it is frozen"
-        before = [(module, module.num_batches_tracked, module.training) for module in sums]
-        try:
+        with ExitStack() as stack:
             for module in sums:
-                module.train()  # batches are normalised by themselves
+                stack.callback(setattr, module, "num_batches_tracked", module.num_batches_tracked)
+                stack.callback(module.train, module.training)
+                stack.enter_context(module.register_forward_pre_hook(_by_itself, with_kwargs=True))
                 module.num_batches_tracked = None
             for batch in self.data if sums else ():
                 self.data.run(self.repaired, batch, {module: one.add for module, one in sums.items()})
-        finally:
-            for module, tracked, training in before:
-                module.num_batches_tracked, module.training = tracked, training
         for module, one in sums.items():
             if one.count > 1:
                 mean = one.total / one.count
@@ -313,7 +329,7 @@ class _Work:
                 assert module.running_mean is not None
                 assert module.running_var is not None
                 module.running_mean.copy_(mean)
-                module.running_var.copy_((one.square - one.count * mean**2) / (one.count - 1))
+                module.running_var.copy_(((one.square - one.count * mean**2) / (one.count - 1)).clamp_min(0))
 
     # -------------------------------------------------------------- what they share
 
@@ -353,6 +369,12 @@ class _Work:
 
 def _is_free(norm: _BatchNorm) -> bool:
     return all(parameter.requires_grad for parameter in norm.parameters(recurse=False))
+
+
+def _by_itself(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Let a batch be normalised by itself, unless it has but one value of a channel, as the last of an epoch may."""
+    inputs: Tensor = args[0] if args else kwargs["input"]
+    norm.train(inputs.numel() > inputs.shape[1])
 
 
 class _Wanted:

@@ -28,7 +28,7 @@ from torchtrim._files import hold, is_partial, write_whole
 from torchtrim._forward import Forward
 from torchtrim._guard import Attempt, Guard, checked_guard, none_holds
 from torchtrim._loop import Evaluate, Retrain, iterate
-from torchtrim._repair import Ways, checked_ways
+from torchtrim._repair import Ways, check_repair_positions, checked_ways
 from torchtrim._round_files import (
     METRICS,
     OF_ROUND,
@@ -65,6 +65,7 @@ def run(
     forward: Forward | None = None,
     seed: int = 0,
     repair: Ways | None = None,
+    repair_positions: int | None = None,
     guard: Guard | float | None = None,
     zero_tolerance: float = 0.0,
     resume: bool = False,
@@ -79,12 +80,15 @@ def run(
     Raises StoreError when the directory cannot be used, and what `iterate` raises.
     """
     guard = checked_guard(guard)
+    ways = None if repair is None else checked_ways(repair)
+    check_repair_positions(repair_positions, ways or (), criteria.resolve(criterion))
     settings = {
         "rule": _name(rule if isinstance(rule, Budget) else resolve_rule(rule)),
         "layers": _progressive(layers) if isinstance(layers, Progressive) else layers and list(layers),
         "criterion": _name(criteria.resolve(criterion)),
         "seed": seed,
-        **({} if repair is None else {"repair": list(checked_ways(repair))}),
+        **({} if ways is None else {"repair": list(ways)}),
+        **({} if repair_positions is None else {"repair_positions": repair_positions}),
         **({} if guard is None else {"guard": asdict(guard)}),
         **({"steps": stop.rounds} if isinstance(rule, Budget) else {}),
         **({"zero_tolerance": zero_tolerance} if zero_tolerance else {}),
@@ -107,6 +111,7 @@ def run(
             seed=seed,
             done=done,
             repair=repair,
+            repair_positions=repair_positions,
             guard=guard,
             on_rejected=kept.reject,
             zero_tolerance=zero_tolerance,

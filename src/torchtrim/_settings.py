@@ -32,6 +32,7 @@ class Settings:
     criterion: str = "apoz"
     through_norms: bool = False
     repair: tuple[Way, ...] = ()
+    repair_positions: int | None = None
     guard: Guard | None = None
     zero_tolerance: float = 0.0
 
@@ -48,6 +49,7 @@ class Settings:
             "criterion": self.criterion,
             **({"through_norms": True} if self.through_norms else {}),
             **({"repair": list(self.repair)} if self.repair else {}),
+            **({} if self.repair_positions is None else {"repair_positions": self.repair_positions}),
             **({"guard": asdict(self.guard)} if self.guard else {}),
             **({"budget": asdict(budget), "steps": self.stop.rounds} if budget else {}),
             **({"zero_tolerance": self.zero_tolerance} if self.zero_tolerance else {}),

@@ -73,6 +73,8 @@ def heading(settings: Settings, opened: Opened) -> str:
     else:
         named = ", ".join(layers or ["every layer that can be trimmed"])
     repaired = f", repairs by {' and '.join(settings.repair)}" if settings.repair else ""
+    if (seen := settings.repair_positions) is not None:
+        repaired += f", looks at {seen} position{'s' * (seen != 1)} of an example"
     guard = settings.guard
     guarded = f"rolls back rounds that lose more than {_points(guard.max_drop)} of accuracy\n" if guard else ""
     return (

@@ -85,6 +85,7 @@ def run(
     zero_tolerance: option.ZeroTolerance = 0.0,
     through_norms: option.ThroughNorms = False,
     repair: option.Repair = None,
+    repair_positions: option.RepairPositions = None,
     rounds: option.Rounds = None,
     compression: option.Compression = None,
     smallest_accuracy: option.SmallestAccuracy = None,
@@ -158,6 +159,7 @@ def run(
             through_norms=through_norms,
             zero_tolerance=zero_tolerance,
             repair=_settings.ways_named(repair),
+            repair_positions=repair_positions,
             guard=_settings.guard_at(guard, retries),
         )
         say, progress = display(threads)
