@@ -68,6 +68,8 @@ def main() -> None:
         study = Study(experiment, data, seed)
         whole += experiment.once(f"seed {seed}, whole", study.cuts.whole)
         for size, (place, (epochs, distill)) in product(rows, enumerate(columns)):
+            if distill and not isinstance(size, int):
+                continue
             key = f"seed {seed}, {size}, {epochs} epochs, distill {distill:g}"
             accuracy, *found = experiment.once(key, partial(study.test, size, epochs, distill))
             print(f"{key}: {accuracy:.2f} %", flush=True)
@@ -79,7 +81,7 @@ def main() -> None:
         [
             f"{size}×, budget" if isinstance(size, int) else f"{compression(size):.1f}×, fixed",
             ", ".join(dict.fromkeys(widths[size])),
-            *map(spread, row),
+            *(spread(values) if values else "–" for values in row),
         ]
         for size, row in rows.items()
     ]
