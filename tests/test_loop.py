@@ -324,6 +324,20 @@ def test_a_budget_that_is_too_small_says_so_in_the_first_round() -> None:
     assert not trained
 
 
+def test_a_budget_that_no_choice_can_reach_is_refused_before_any_work() -> None:
+    settings = {"retrain": retrain, "evaluate": accuracy, "stop": Stop(rounds=2), "layers": ["layers.0"]}
+    with pytest.raises(PlanError, match=r"parameters: expected at most \d+, but the smallest that can be reached is"):
+        iterate(chain(), INPUTS[:2], [INPUTS], rule=Budget(parameters=0.1), **settings)
+
+
+def test_progressive_layers_reach_a_budget_that_the_first_of_them_cannot() -> None:
+    found = rounds(chain(), rule=Budget(parameters=0.3), layers=Progressive(1), stop=Stop(rounds=4))
+    assert found[-1].cost.parameters <= 0.3 * found[0].ancestor.parameters
+    assert len(found[0].layers) == 1
+    with pytest.raises(PlanError, match="out of reach"):
+        rounds(chain(), rule=Budget(parameters=0.3), layers=found[0].layers)
+
+
 def test_the_guard_halves_the_way_to_a_budget() -> None:
     model = chain()
     attempts: list[torchtrim.Plan] = []

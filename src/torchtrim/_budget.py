@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -33,6 +33,7 @@ _TARGETS = ("parameters", "flops", "bytes", "latency")
 _SECONDS_EACH = 2.0  # that a trimmed model and its original are timed
 _CORRECTIONS = 8  # of what is priced by what is measured
 _RUINED = 0.999  # the error of layers beyond which nothing more is lost
+_CLEARLY = 1.1  # times a target
 _STRIDE = 1.5  # times as far as in proportion, since part of a latency does not fall with the widths
 
 
@@ -134,13 +135,20 @@ class Budget:
         choice = _Choice(self, model, graph, profile, criteria.resolve(criterion), layers, latencies)
         return choice.made()
 
-    def check(self, widths: Mapping[str, int]) -> None:
-        """Raise PlanError for floors, caps and weights of layers that are not among these, or that exclude each other.
+    def check(
+        self, model: nn.Module, graph: NeuronGraph, profile: Profile, layers: Sequence[str] | None = None
+    ) -> None:
+        """Raise PlanError for what cannot be planned whatever is measured: a budget that is clearly out of reach, and
+        floors, caps and weights of unknown layers, or that exclude each other.
 
-        widths: neurons by layer.
+        profile: of the model, which need not have seen data. layers: as for `plan`. A latency is not looked at, since
+        that takes time.
         """
-        limits(self.floor, self.cap, widths)
-        per_layer("weights", self.weights or {}, widths, 1.0)
+        limits(self.floor, self.cap, profile.widths)
+        per_layer("weights", self.weights or {}, profile.widths, 1.0)
+        counted = [name for name in self.asked if name != "latency"]
+        if counted:
+            _Choice(replace(self, latency=None), model, graph, profile, criteria.l1_norm, layers, None).check()
 
     @property
     def asked(self) -> dict[str, float | str]:
@@ -193,6 +201,14 @@ class _Choice:
     def _all_kept(self) -> Kept:
         return np.ones(len(self._graph.root), bool)
 
+    def check(self) -> None:
+        """Raise PlanError where what floors leave is still too much, clearly: of unequal units, scores say which."""
+        queues, kept_after = self._queues()
+        kept = kept_after(np.array([queue.steps[-1] for queue in queues], np.int64))
+        least = {name: self._cost(name, kept) for name in self._targets}
+        if any(least[name] > _CLEARLY * target for name, target in self._targets.items()):
+            self._refuse(least)
+
     def made(self) -> Plan:
         best: tuple[float, Plan, dict[str, float]] | None = None
         measured: list[tuple[dict[str, float], dict[str, float]]] = []  # priced and found
@@ -244,22 +260,7 @@ class _Choice:
     def _chosen(self) -> tuple[Plan, Kept, list[str], bool]:
         """The plan for what things are thought to cost, what it keeps, notes, and whether that is still too much."""
         budget, profile, notes = self._budget, self._profile, list[str]()
-        widths = profile.widths
-        least, most = limits(budget.floor, budget.cap, widths)
-        queues = [
-            Queue.of(values, places, widths, least, most, budget.multiple_of)
-            for values, places in self._scored.values()
-        ]
-        groups = list(self._scored.values())
-        roots = [_roots_of_units(self._graph, profile, places, values.size) for values, places in groups]
-
-        going = [_going(queue, units) for queue, units in zip(queues, roots, strict=True)]
-
-        def kept_after(counts: Integers) -> Kept:
-            kept = self._all_kept
-            for (order, ends), count in zip(going, counts, strict=True):
-                kept[order[: ends[count]]] = False
-            return kept
+        queues, kept_after = self._queues()
 
         def excess(counts: Integers) -> float:
             kept = kept_after(counts)
@@ -285,7 +286,9 @@ class _Choice:
         if odd:
             notes.append(f"{', '.join(odd)}: no smaller width is a multiple of {budget.multiple_of}")
         removed = {
-            name: np.flatnonzero(~kept[self._graph.layers[name].roots]) for _, places in groups for name in places
+            name: np.flatnonzero(~kept[self._graph.layers[name].roots])
+            for _, places in self._scored.values()
+            for name in places
         }
         plans = {
             name: LayerPlan(layer.width, tuple(removed[name].tolist()))
@@ -293,6 +296,23 @@ class _Choice:
             if name in removed
         }
         return Plan(plans, self._source, (), profile.through_norms), kept, notes, left > 1
+
+    def _queues(self) -> tuple[list[Queue], Callable[[Integers], Kept]]:
+        """A queue for each group, and what is kept once so many of each are gone."""
+        budget, widths, groups = self._budget, self._profile.widths, list(self._scored.values())
+        least, most = limits(budget.floor, budget.cap, widths)
+        queues = [Queue.of(values, places, widths, least, most, budget.multiple_of) for values, places in groups]
+        roots = [_roots_of_units(self._graph, self._profile, places, values.size) for values, places in groups]
+
+        going = [_going(queue, units) for queue, units in zip(queues, roots, strict=True)]
+
+        def kept_after(counts: Integers) -> Kept:
+            kept = self._all_kept
+            for (order, ends), count in zip(going, counts, strict=True):
+                kept[order[: ends[count]]] = False
+            return kept
+
+        return queues, kept_after
 
     def _cost(self, name: str, kept: Kept) -> float:
         return self._priced(name, kept) * self._scale[name]
@@ -309,9 +329,9 @@ class _Choice:
         )
         raise PlanError(
             "the budget is out of reach:\n  "
-            + "\n  ".join(reached)
-            + "\nlower the floors, trim more layers, or ask for "
-            "less; print(trace(model, example)) says what is locked"
+            + "\n  ".join([*reached, *self._notes])
+            + "\nlower the floors, trim more layers, or allow "
+            "more; print(trace(model, example)) says what is locked"
         )
 
     def _measured(self, plan: Plan) -> tuple[dict[str, float], list[str]]:

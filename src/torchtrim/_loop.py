@@ -83,12 +83,13 @@ def iterate(
     """
     graph = trace(model, example, through_norms=through_norms)
     blank = unmeasured(model, graph)
-    check_layers(blank, None if isinstance(layers, Progressive) else layers)
+    names = None if isinstance(layers, Progressive) else layers
+    check_layers(blank, names)
     ways = None if repair is None else checked_ways(repair)
     check_repair_positions(repair_positions, ways or (), criteria.resolve(criterion))
     check_tolerance(zero_tolerance)
     if isinstance(rule, Budget):
-        rule.check(blank.widths)
+        rule.check(model, graph, blank, names)
     guard = checked_guard(guard)
     if isinstance(batches, Iterator):
         raise TorchtrimError(
@@ -279,7 +280,7 @@ def _chooser(
     whole = last.ancestor if last else measure(ancestor, example)
     now = last.cost if last else whole
     planned = partial(Budget.plan, model=model, example=example, profile=measured, criterion=criterion, layers=layers)
-    if number == 1 < rounds:
+    if number == 1 < rounds and not isinstance(settings.layers, Progressive):  # whose layers become more
         planned(rule)  # if it is out of reach, it says so now, and not after some rounds
 
     def choose(part: int) -> Plan:

@@ -135,7 +135,8 @@ Parameters = Annotated[
     ),
 ]
 Flops = Annotated[
-    float | None, typer.Option(metavar="AMOUNT", help="The same, of FLOPs: 0.5, or 2e9.", rich_help_panel=BUDGET)
+    float | None,
+    typer.Option(metavar="AMOUNT", help="The same, of FLOPs of one input: 0.5, or 2e9.", rich_help_panel=BUDGET),
 ]
 Bytes = Annotated[
     float | None, typer.Option("--bytes", metavar="AMOUNT", help="The same, of bytes.", rich_help_panel=BUDGET)
@@ -144,7 +145,7 @@ Latency = Annotated[
     str | None,
     typer.Option(
         metavar="AMOUNT",
-        help='The same, of the latency, which is measured here: 0.5, or "12 ms".',
+        help='The same, of the latency of a batch of 32, which is measured here: 0.5, or "12 ms".',
         rich_help_panel=BUDGET,
     ),
 ]

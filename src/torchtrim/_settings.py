@@ -17,6 +17,8 @@ from torchtrim._source import Source
 from torchtrim._training import Training
 from torchtrim.errors import StoreError, TorchtrimError
 
+LATENCY_BATCH = 32  # inputs of the batch whose latency is measured
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,6 +37,14 @@ class Settings:
     repair_positions: int | None = None
     guard: Guard | None = None
     zero_tolerance: float = 0.0
+
+    @property
+    def rule_of_batch(self) -> Rule | Budget:
+        """The rule for a model that is called with the batch: FLOPs are asked, and told, of one input."""
+        rule = self.rule
+        if not isinstance(rule, Budget) or rule.flops is None or rule.flops < 1:
+            return rule
+        return replace(rule, flops=rule.flops * LATENCY_BATCH)
 
     def described(self) -> dict[str, Any]:
         """What decides the result, as JSON can hold it; not where, nor on what device, nor when it stops.
