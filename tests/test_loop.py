@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import torchtrim
 from torchtrim import Budget, Fraction, Progressive, Round, Stop, TorchtrimError, _loop, iterate
+from torchtrim._guard import Accuracy
 from torchtrim.errors import PlanError, TraceError
 
 
@@ -206,6 +208,15 @@ def test_progressive_spreads_from_the_most_silent_layers() -> None:
         ({"layers": ["layers.9"]}, PlanError, r"unknown layer 'layers.9'; did you mean"),
         ({"layers": ["layers.5"]}, PlanError, "output of the model"),
         ({"criterion": "apos"}, PlanError, "unknown criterion 'apos'"),
+        ({"layers": []}, PlanError, "layers: expected at least one name, found none"),
+        ({"layers": iter(["layers.0"])}, TorchtrimError, "layers: expected a sequence of names, found <list_iterator"),
+        ({"rule": 0.5}, PlanError, r"rule: expected such as Fraction\(0.3\) or .*, found 0.5"),
+        ({"repair": 3}, TorchtrimError, "repair: expected some of .*, found 3"),
+        (
+            {"stop": 3, "test": 4, "seed": "one"},
+            TorchtrimError,
+            r"test: expected a function, found 4\nstop: expected such as Stop\(rounds=4\), found 3\nseed: .*'one'",
+        ),
     ],
 )
 def test_bad_requests_end_before_any_work(changes, error, message) -> None:
@@ -214,6 +225,33 @@ def test_bad_requests_end_before_any_work(changes, error, message) -> None:
 
     with pytest.raises(error, match=message):
         rounds(chain(), evaluate=never, retrain=never, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"evaluate": lambda model: None},
+            "one number, the accuracy of the model to begin with, found None",
+        ),
+        ({"evaluate": lambda model: math.nan}, "expected a finite accuracy of the model to begin with, found nan"),
+        ({"test": lambda model: "good"}, "test: expected one number, the accuracy of the model, found 'good'"),
+    ],
+)
+def test_an_accuracy_that_is_no_number_ends_the_loop_before_it_trains(changes, message) -> None:
+    with pytest.raises(TorchtrimError, match=message):
+        rounds(chain(), retrain=lambda model: pytest.fail("trained"), **changes)
+
+
+def test_accuracies_are_numbers_whatever_the_function_gives() -> None:
+    (done,) = rounds(chain(), evaluate=lambda model: torch.tensor([90]), stop=Stop(1))
+    assert done.accuracy == Accuracy(90.0, 90.0, 90.0)
+    assert type(done.accuracy.retrained) is float
+
+
+def test_an_accuracy_that_becomes_no_number_is_too_low() -> None:
+    scripted = iter([90.0, 90.0, math.nan])
+    assert len(rounds(chain(), evaluate=lambda model: next(scripted), stop=Stop(accuracy=1.0))) == 1
 
 
 def test_bad_requests_do_not_wait_for_the_first_round() -> None:
@@ -293,6 +331,11 @@ def test_stop_needs_a_condition() -> None:
         TorchtrimError, match=r"rounds must be a whole number of at least 1, found 0; compression must be above 1"
     ):
         Stop(rounds=0, compression=1)
+    for value in (math.nan, math.inf, "3", "three", 2.5, True):
+        with pytest.raises(TorchtrimError, match="rounds must be a whole number of at least 1, found"):
+            Stop(rounds=value)  # type: ignore[arg-type]
+    with pytest.raises(TorchtrimError, match="compression must be above 1, found '2'; accuracy must be"):
+        Stop(compression="2", accuracy="90")  # type: ignore[arg-type]
     with pytest.raises(TorchtrimError, match="start of at least 1"):
         Progressive(0)
 

@@ -8,10 +8,10 @@ from torch import nn
 from torchtrim.errors import ProfileError
 
 
-def accuracy_of(evaluate: Callable[[nn.Module], Any], model: nn.Module, what: str) -> float:
+def accuracy_of(evaluate: Callable[[nn.Module], Any], model: nn.Module, what: str, name: str = "evaluate") -> float:
     """What `evaluate` says of a model, such as a number of NumPy's or PyTorch's. Raises ProfileError: no number.
 
-    what: the model, in words.
+    what: the model, in words. name: of the argument that the function was.
     """
     found = evaluate(model)
     try:
@@ -19,4 +19,4 @@ def accuracy_of(evaluate: Callable[[nn.Module], Any], model: nn.Module, what: st
             raise TypeError
         return float(found)
     except (TypeError, ValueError, RuntimeError):  # of a tensor with several elements
-        raise ProfileError(f"evaluate: expected one number, the accuracy of {what}, found {found!r}") from None
+        raise ProfileError(f"{name}: expected one number, the accuracy of {what}, found {found!r}") from None
