@@ -187,6 +187,9 @@ def test_a_profile_of_another_model_is_refused() -> None:
         ({"bytes": 0.5, "floor": -1}, "floor: expected numbers of at least 0, found -1"),
         ({"bytes": 0.5, "cap": {"a": 0}}, "cap: expected numbers above 0, found 0"),
         ({"bytes": 0.5, "weights": {"a": "much"}}, "weights: expected numbers above 0, found 'much'"),
+        ({"bytes": 0.5, "floor": None}, "floor: expected numbers of at least 0, found None"),
+        ({"bytes": 0.5, "floor": {3: 1}}, "floor: expected names or patterns of layers, found 3"),
+        ({"bytes": 0.5, "weights": 2.0}, "weights: expected factors by layer, found 2.0"),
         ({"bytes": 0.5, "multiple_of": 1.5}, "multiple_of: expected a whole number of at least 1"),
     ],
 )

@@ -78,7 +78,14 @@ class Budget:
             faults.append("expected a target, found none; give parameters, flops, bytes or latency")
         for name in ("floor", "cap", "weights"):
             given: Any = getattr(self, name)
-            values: Iterable[Any] = () if given is None else given.values() if isinstance(given, Mapping) else [given]
+            if given is None and name != "floor":
+                continue
+            if name == "weights" and not isinstance(given, Mapping):
+                faults.append(f"weights: expected factors by layer, found {given!r}")
+                continue
+            values: Iterable[Any] = given.values() if isinstance(given, Mapping) else [given]
+            names = [one for one in (given if isinstance(given, Mapping) else ()) if not isinstance(one, str)]
+            faults += [f"{name}: expected names or patterns of layers, found {one!r}" for one in names]
             faults += [
                 f"{name}: expected numbers {'of at least' if name == 'floor' else 'above'} 0, found {value!r}"
                 for value in values

@@ -150,18 +150,19 @@ Latency = Annotated[
     ),
 ]
 Floor = Annotated[
-    float | None,
+    list[str] | None,
     typer.Option(
         metavar="AMOUNT",
-        help="How many of a layer's neurons must stay, a share or a number. Without: 0.05.",
+        help="How many of a layer's neurons must stay, a share or a number; of some layers features.*=0.2, repeated "
+        "or with commas, of which the first that fits counts. Without, and for the others: 0.05.",
         rich_help_panel=BUDGET,
     ),
 ]
 Cap = Annotated[
-    float | None,
+    list[str] | None,
     typer.Option(
         metavar="AMOUNT",
-        help="How many of a layer's neurons may stay at most, a share or a number.",
+        help="How many of a layer's neurons may stay at most, in the same way. Without: all.",
         rich_help_panel=BUDGET,
     ),
 ]
