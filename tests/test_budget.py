@@ -12,6 +12,7 @@ from test_price import encoder, torchvision_model
 from torchtrim import Budget, LayerPlan, Plan
 from torchtrim._budget import importance
 from torchtrim._lenet import LeNet
+from torchtrim._unmeasured import unmeasured
 from torchtrim.errors import PlanError
 from toys import assert_trim_equals_mask, randomised
 
@@ -138,6 +139,17 @@ def test_out_of_reach_says_the_smallest_that_is_not() -> None:
     assert f"{smallest:,}" in str(caught.value)
     plan = Budget(parameters=smallest, floor=0.5).plan(model, graph, profile)
     assert torchtrim.measure(torchtrim.trim(model, plan, graph), example).parameters == smallest
+
+
+def test_a_check_without_data_knows_the_same_smallest() -> None:
+    model, _, graph, _ = built("locked")
+    blank = unmeasured(model, graph)
+    smallest = (8 + 1) * 30 + (30 + 1) * 30 + (30 + 1) * 20 + (20 + 1) * 4
+    Budget(parameters=smallest, floor=0.5, latency=0.001).check(model, graph, blank)
+    with pytest.raises(PlanError, match=f"smallest that can be reached is {smallest:,},"):
+        Budget(parameters=smallest - 1, floor=0.5).check(model, graph, blank)
+    with pytest.raises(PlanError, match="out of reach"):
+        Budget(parameters=0.8, floor=0.5).check(model, graph, blank, ["c"])
 
 
 class Clever(nn.Module):

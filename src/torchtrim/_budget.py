@@ -33,7 +33,7 @@ _TARGETS = ("parameters", "flops", "bytes", "latency")
 _SECONDS_EACH = 2.0  # that a trimmed model and its original are timed
 _CORRECTIONS = 8  # of what is priced by what is measured
 _RUINED = 0.999  # the error of layers beyond which nothing more is lost
-_CLEARLY = 1.1  # times a target
+_CLEARLY = 1.1  # times a target, where units are unequal
 _STRIDE = 1.5  # times as far as in proportion, since part of a latency does not fall with the widths
 
 
@@ -209,11 +209,16 @@ class _Choice:
         return np.ones(len(self._graph.root), bool)
 
     def check(self) -> None:
-        """Raise PlanError where what floors leave is still too much, clearly: of unequal units, scores say which."""
+        """Raise PlanError where what floors leave is still too much; clearly, where scores decide which units stay."""
         queues, kept_after = self._queues()
         kept = kept_after(np.array([queue.steps[-1] for queue in queues], np.int64))
         least = {name: self._cost(name, kept) for name in self._targets}
-        if any(least[name] > _CLEARLY * target for name, target in self._targets.items()):
+        members = (
+            np.stack([np.bincount(place, minlength=values.size) for place in places.values()])
+            for values, places in self._scored.values()
+        )
+        margin = 1.0 if all((some == some[:, :1]).all() for some in members) else _CLEARLY
+        if any(least[name] > margin * target for name, target in self._targets.items()):
             self._refuse(least)
 
     def made(self) -> Plan:
