@@ -146,6 +146,8 @@ def test_files_and_pictures(model, tmp_path: Path) -> None:
     for name in ("other.json", "missing.json"):
         with pytest.raises(StoreError, match="expected a sensitivity"):
             Sensitivity.load(tmp_path / name)
+    with pytest.raises(StoreError, match=r"missing\.json: expected .*, found no such file$"):
+        Sensitivity.load(tmp_path / "missing.json")
     pytest.importorskip("matplotlib")
     found.plot(tmp_path / "found.png")
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")

@@ -87,6 +87,8 @@ class Sensitivity:
     @classmethod
     def load(cls, path: str | Path) -> "Sensitivity":
         """Read what `save` wrote. Raises StoreError when the file is missing, damaged, or something else."""
+        if not Path(path).is_file():
+            raise StoreError(f"{path}: expected a sensitivity that `Sensitivity.save` wrote, found no such file")
         try:
             content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["format"] != _FORMAT or content["version"] != _VERSION:
