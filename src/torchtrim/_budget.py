@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from torchtrim import criteria
+from torchtrim import _amounts, criteria
 from torchtrim._allot import TOLERANCE, Queue, allot, by_savings
-from torchtrim._amounts import PerLayer, amount, amount_asked, amount_text, is_latency, limits, per_layer, positive
+from torchtrim._amounts import PerLayer, amount, amount_text, limits, per_layer, positive
 from torchtrim._cost import bytes_of, flops_of, latencies_beside, parameters_of
 from torchtrim._forward import device_of
 from torchtrim._graph import trace
@@ -70,27 +70,13 @@ class Budget:
             for name in ("parameters", "flops", "bytes")
             if (value := getattr(self, name)) is not None and not positive(value)
         ]
-        if self.latency is not None and not is_latency(self.latency):
+        if self.latency is not None and not _amounts.is_latency(self.latency):
             faults.append(
                 f'latency: expected a share below 1, or a time with its unit such as "12 ms", found {self.latency!r}'
             )
         if not self.asked:
             faults.append("expected a target, found none; give parameters, flops, bytes or latency")
-        for name in ("floor", "cap", "weights"):
-            given: Any = getattr(self, name)
-            if given is None and name != "floor":
-                continue
-            if name == "weights" and not isinstance(given, Mapping):
-                faults.append(f"weights: expected factors by layer, found {given!r}")
-                continue
-            values: Iterable[Any] = given.values() if isinstance(given, Mapping) else [given]
-            names = [one for one in (given if isinstance(given, Mapping) else ()) if not isinstance(one, str)]
-            faults += [f"{name}: expected names or patterns of layers, found {one!r}" for one in names]
-            faults += [
-                f"{name}: expected numbers {'of at least' if name == 'floor' else 'above'} 0, found {value!r}"
-                for value in values
-                if not (positive(value) or (name == "floor" and value == 0))
-            ]
+        faults += _amounts.per_layer_faults(self.floor, self.cap, self.weights)
         if type(self.multiple_of) is not int or self.multiple_of < 1:
             faults.append(f"multiple_of: expected a whole number of at least 1, found {self.multiple_of!r}")
         if faults:
@@ -163,7 +149,7 @@ class Budget:
         return {name: value for name in _TARGETS if (value := getattr(self, name)) is not None}
 
     def __str__(self) -> str:
-        targets = (f"{name} {amount_asked(name, value)}" for name, value in self.asked.items())
+        targets = (f"{name} {_amounts.amount_asked(name, value)}" for name, value in self.asked.items())
         return ", ".join(targets)
 
 
@@ -315,7 +301,6 @@ class _Choice:
         least, most = limits(budget.floor, budget.cap, widths)
         queues = [Queue.of(values, places, widths, least, most, budget.multiple_of) for values, places in groups]
         roots = [_roots_of_units(self._graph, self._profile, places, values.size) for values, places in groups]
-
         going = [_going(queue, units) for queue, units in zip(queues, roots, strict=True)]
 
         def kept_after(counts: Integers) -> Kept:
@@ -333,18 +318,7 @@ class _Choice:
         return self._latencies.seconds(kept) if name == "latency" else getattr(self._prices, name)(kept)
 
     def _refuse(self, smallest: Mapping[str, float]) -> None:
-        reached = (
-            f"{name}: expected at most {amount_text(name, target)}, but the smallest that can be reached is "
-            f"{amount_text(name, smallest[name])}, {smallest[name] / self._own[name]:.1%} of the model's own"
-            for name, target in self._targets.items()
-            if smallest[name] > target
-        )
-        raise PlanError(
-            "the budget is out of reach:\n  "
-            + "\n  ".join([*reached, *self._notes])
-            + "\nlower the floors, trim more layers, or allow "
-            "more; print(trace(model, example)) says what is locked"
-        )
+        raise PlanError(_amounts.out_of_reach(self._targets, smallest, self._own, self._notes))
 
     def _measured(self, plan: Plan) -> tuple[dict[str, float], list[str]]:
         """What the trimmed model costs, and the layers that stayed whole against the plan."""
