@@ -12,6 +12,7 @@ from test_price import encoder, torchvision_model
 from torchtrim import Budget, LayerPlan, Plan
 from torchtrim._budget import importance
 from torchtrim._lenet import LeNet
+from torchtrim._unmeasured import unmeasured
 from torchtrim.errors import PlanError
 from toys import assert_trim_equals_mask, randomised
 
@@ -140,6 +141,17 @@ def test_out_of_reach_says_the_smallest_that_is_not() -> None:
     assert torchtrim.measure(torchtrim.trim(model, plan, graph), example).parameters == smallest
 
 
+def test_a_check_without_data_knows_the_same_smallest() -> None:
+    model, _, graph, _ = built("locked")
+    blank = unmeasured(model, graph)
+    smallest = (8 + 1) * 30 + (30 + 1) * 30 + (30 + 1) * 20 + (20 + 1) * 4
+    Budget(parameters=smallest, floor=0.5, latency=0.001).check(model, graph, blank)
+    with pytest.raises(PlanError, match=f"smallest that can be reached is {smallest:,},"):
+        Budget(parameters=smallest - 1, floor=0.5).check(model, graph, blank)
+    with pytest.raises(PlanError, match="out of reach"):
+        Budget(parameters=0.8, floor=0.5).check(model, graph, blank, ["c"])
+
+
 class Clever(nn.Module):
     """It hides that it computes with a width, so that only the proof finds it out. free: whether another does not."""
 
@@ -187,6 +199,9 @@ def test_a_profile_of_another_model_is_refused() -> None:
         ({"bytes": 0.5, "floor": -1}, "floor: expected numbers of at least 0, found -1"),
         ({"bytes": 0.5, "cap": {"a": 0}}, "cap: expected numbers above 0, found 0"),
         ({"bytes": 0.5, "weights": {"a": "much"}}, "weights: expected numbers above 0, found 'much'"),
+        ({"bytes": 0.5, "floor": None}, "floor: expected numbers of at least 0, found None"),
+        ({"bytes": 0.5, "floor": {3: 1}}, "floor: expected names or patterns of layers, found 3"),
+        ({"bytes": 0.5, "weights": 2.0}, "weights: expected factors by layer, found 2.0"),
         ({"bytes": 0.5, "multiple_of": 1.5}, "multiple_of: expected a whole number of at least 1"),
     ],
 )

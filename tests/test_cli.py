@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from small_data import write_idx, write_model
-from torchtrim import Profile, _job, _measuring, _settings
+from torchtrim import Budget, Profile, _job, _measuring, _settings
 from torchtrim._guard import Guard
 from torchtrim._rounds import Progressive, Stop
 from torchtrim.cli import app
@@ -176,6 +176,26 @@ def test_demo_replaces_only_an_earlier_demo(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.parametrize(
+    ("arguments", "floor", "cap"),
+    [
+        ("", 0.05, None),
+        ("--floor 0.2 --cap 30", 0.2, 30),
+        ("--floor conv*=0.5,fc1=8 --cap fc1=0.5", {"conv*": 0.5, "fc1": 8, "*": 0.05}, {"fc1": 0.5}),
+        ("--floor 0.1 --floor conv1=2", {"conv1": 2, "*": 0.1}, None),
+    ],
+)
+def test_floors_and_caps_of_all_layers_or_of_some(
+    monkeypatch: pytest.MonkeyPatch, arguments: str, floor: Any, cap: Any
+) -> None:
+    settings, _ = asked(monkeypatch, "run", "lenet", "--data", "mnist", "--flops", "0.5", *arguments.split())
+    assert settings.rule == Budget(flops=0.5, floor=floor, cap=cap)
+    if isinstance(floor, dict):  # the first that fits counts
+        assert isinstance(settings.rule, Budget)
+        assert isinstance(settings.rule.floor, dict)
+        assert list(settings.rule.floor) == list(floor)
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         ("--layers conv3", r"unknown layer 'conv3'; did you mean 'conv2'"),
@@ -217,6 +237,9 @@ def test_demo_replaces_only_an_earlier_demo(monkeypatch: pytest.MonkeyPatch, tmp
         ),
         ("--floor 0.2", "expected --floor with a budget"),
         ("--cap 0.5", "expected --cap with a budget"),
+        ("--flops 0.5 --floor conv9=2", "floor: unknown layer 'conv9'; did you mean"),
+        ("--flops 0.5 --floor conv1=much", "--floor: expected an amount such as 0.1, .*, found 'conv1=much'"),
+        ("--flops 0.5 --cap 3,4", r"--cap: expected one amount for all layers, found 3\.0, 4\.0"),
         ("--flops -1", "flops: expected a number above 0, found -1"),
         ("--latency soon", "latency: expected a share below 1, or a time with its unit"),
         ("--train-epochs 1 --zero-tolerance -1", "zero_tolerance: expected a share"),
@@ -339,6 +362,11 @@ def test_sensitivity_prints_draws_and_serves_a_budget(small: list[str]) -> None:
 def test_a_mistake_in_a_sensitivity_is_one_message(small: list[str]) -> None:
     assert "expected shares with commas between, found 'half'" in refused("sensitivity", *small, "--fractions", "half")
     assert "expected a share of at least 0 and below 1" in refused("sensitivity", *small, "--fractions", "1.5")
+    assert call("sensitivity", *small, "--fractions", "0.5").exit_code == 0
+    kept = Path("sensitivity.json").read_bytes()
+    refused("sensitivity", *small, "--fractions", "1.5")
+    assert "expected an ending such as .png" in refused("sensitivity", *small, "--plot", "curves.xyz")
+    assert Path("sensitivity.json").read_bytes() == kept
     Path("sensitivity.json").write_text("mine")
     assert "expected a sensitivity" in refused("sensitivity", *small)
     assert Path("sensitivity.json").read_text() == "mine"

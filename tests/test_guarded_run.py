@@ -1,6 +1,7 @@
 """Runs that keep their accuracy: the guard, a largest drop, and what retraining learns from, from settings to files."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from small_data import write_idx, write_model
-from torchtrim import Guard, Progressive, Stop, TorchtrimError, TorchtrimWarning, _cost, _loop
+from torchtrim import Budget, Guard, Progressive, Stop, TorchtrimError, TorchtrimWarning, _cost, _loop
 from torchtrim import _job as job
 from torchtrim._job import run
 from torchtrim._settings import Settings, guard_at, layers_named, retraining_for, stop_at
@@ -152,6 +153,16 @@ def test_where_no_round_holds_nothing_is_trimmed(settings: Settings, monkeypatch
     page = (settings.out / "report.md").read_text()
     assert f"1. {end}\n   - rolled back: " in page
     assert [row[1] for row in rows(said(settings, resume=True))][1:] == ["rolled", "rolled"]
+
+
+def test_a_budget_that_the_guard_did_not_let_pass_is_said_to_be_missed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Script(monkeypatch, 50.0, 90.0)
+    lines = said(replace(settings, rule=Budget(parameters=0.5), stop=Stop(rounds=1)))
+    (missed,) = (line for line in lines if line.startswith("The budget"))
+    assert re.fullmatch(r"The budget is not met: parameters at \d\d\.\d %, 50 % asked\.", missed)
+    assert not any(line.startswith("The rule removes nothing more") for line in lines)
 
 
 def test_the_round_that_drops_too_far_is_not_recommended(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Runs and profiles on a data set of the test's own, from settings to files."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,18 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 from small_data import write_idx, write_images, write_model
-from torchtrim import Fraction, MeanPlusStd, Profile, Progressive, Stop, TorchtrimError, TorchtrimWarning, _cost, _loop
+from torchtrim import (
+    Budget,
+    Fraction,
+    MeanPlusStd,
+    Profile,
+    Progressive,
+    Stop,
+    TorchtrimError,
+    TorchtrimWarning,
+    _cost,
+    _loop,
+)
 from torchtrim import _job as job
 from torchtrim._job import run
 from torchtrim._measuring import silence
@@ -238,6 +250,24 @@ def test_a_rule_that_removes_nothing_ends_the_run(settings: Settings) -> None:
     assert not (settings.out / "report.png").exists()
 
 
+def test_flops_are_asked_of_one_input(settings: Settings) -> None:
+    opened = open_source(settings.source)
+    own = _cost.flops_of(opened.model, opened.data.example[:1])
+    asked = round(0.7 * own)
+    lines, (done,) = said(replace(settings, rule=Budget(flops=asked), stop=Stop(rounds=1)))
+    small = _cost.flops_of(done.model, opened.data.example[:1])
+    assert 0.85 * asked < small <= asked
+    assert f"by apoz, flops {asked:,}" in lines[1]
+
+
+def test_what_a_run_for_a_budget_says_at_its_end(settings: Settings) -> None:
+    met, rounds = said(replace(settings, rule=Budget(parameters=0.7), stop=Stop(max_drop=100)))
+    assert len(rounds) == 1
+    assert "The budget is met." in met
+    plain, _ = said(replace(settings, rule=Budget(parameters=0.7), stop=Stop(rounds=1)), overwrite=True)
+    assert not any(line.startswith("The budget") for line in plain)
+
+
 def test_progressive_layers(settings: Settings) -> None:
     lines, rounds = said(replace(settings, layers=Progressive(1)))
     assert len(rounds[0].plan.removed) == 1
@@ -303,6 +333,20 @@ def test_a_mistake_is_found_before_any_work(
     if "source" in change:
         change = change | {"source": replace(settings.source, **change["source"])}
     refused(replace(settings, **change), monkeypatch, error, match)
+
+
+def test_a_budget_out_of_reach_is_found_before_the_ancestor_is_trained(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said of one input, as it was asked."""
+    costs = r"flops: expected at most 2, but the smallest that can be reached is ([\d,]+), "
+    with pytest.raises(PlanError, match=costs) as caught:
+        said(replace(settings, rule=Budget(flops=2)))
+    found = re.search(costs, str(caught.value))
+    opened = open_source(settings.source)
+    assert found
+    assert int(found[1].replace(",", "")) < _cost.flops_of(opened.model, opened.data.example[:1])
+    refused(replace(settings, rule=Budget(parameters=0.001)), monkeypatch, PlanError, "the budget is out of reach")
 
 
 def test_a_model_for_other_classes_is_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Latencies from a table: the arithmetic with seconds that are made up, the table with seconds that are measured."""
 
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,15 @@ def test_layers_are_timed_at_their_widths() -> None:
         call = _latency._call(layer, given, 0.5, 0.5)
         wrapped.forward = lambda _, call=call: call()
         assert flops_of(wrapped, torch.zeros(1)) == flops
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the processor's name is that of Linux")
+def test_processors_of_one_kind_are_told_apart(monkeypatch) -> None:
+    for text, name in (("processor : 0\nmodel name : One @ 2 GHz\n", "One @ 2 GHz"), ("", "arm")):
+        monkeypatch.setattr(Path, "read_text", lambda path, text=text, **_: text)
+        monkeypatch.setattr(platform, "processor", lambda: "")
+        monkeypatch.setattr(platform, "machine", lambda: "arm")
+        assert _latency._machine(torch.device("cpu"))["device"] == f"cpu: {name}"
 
 
 def test_a_table_is_kept_and_refused_elsewhere(tmp_path: Path) -> None:

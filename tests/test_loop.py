@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import torchtrim
 from torchtrim import Budget, Fraction, Progressive, Round, Stop, TorchtrimError, _loop, iterate
+from torchtrim._guard import Accuracy
 from torchtrim.errors import PlanError, TraceError
 
 
@@ -206,6 +208,15 @@ def test_progressive_spreads_from_the_most_silent_layers() -> None:
         ({"layers": ["layers.9"]}, PlanError, r"unknown layer 'layers.9'; did you mean"),
         ({"layers": ["layers.5"]}, PlanError, "output of the model"),
         ({"criterion": "apos"}, PlanError, "unknown criterion 'apos'"),
+        ({"layers": []}, PlanError, "layers: expected at least one name, found none"),
+        ({"layers": iter(["layers.0"])}, TorchtrimError, "layers: expected a sequence of names, found <list_iterator"),
+        ({"rule": 0.5}, PlanError, r"rule: expected such as Fraction\(0.3\) or .*, found 0.5"),
+        ({"repair": 3}, TorchtrimError, "repair: expected some of .*, found 3"),
+        (
+            {"stop": 3, "test": 4, "seed": "one"},
+            TorchtrimError,
+            r"test: expected a function, found 4\nstop: expected such as Stop\(rounds=4\), found 3\nseed: .*'one'",
+        ),
     ],
 )
 def test_bad_requests_end_before_any_work(changes, error, message) -> None:
@@ -214,6 +225,33 @@ def test_bad_requests_end_before_any_work(changes, error, message) -> None:
 
     with pytest.raises(error, match=message):
         rounds(chain(), evaluate=never, retrain=never, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"evaluate": lambda model: None},
+            "one number, the accuracy of the model to begin with, found None",
+        ),
+        ({"evaluate": lambda model: math.nan}, "expected a finite accuracy of the model to begin with, found nan"),
+        ({"test": lambda model: "good"}, "test: expected one number, the accuracy of the model, found 'good'"),
+    ],
+)
+def test_an_accuracy_that_is_no_number_ends_the_loop_before_it_trains(changes, message) -> None:
+    with pytest.raises(TorchtrimError, match=message):
+        rounds(chain(), retrain=lambda model: pytest.fail("trained"), **changes)
+
+
+def test_accuracies_are_numbers_whatever_the_function_gives() -> None:
+    (done,) = rounds(chain(), evaluate=lambda model: torch.tensor([90]), stop=Stop(1))
+    assert done.accuracy == Accuracy(90.0, 90.0, 90.0)
+    assert type(done.accuracy.retrained) is float
+
+
+def test_an_accuracy_that_becomes_no_number_is_too_low() -> None:
+    scripted = iter([90.0, 90.0, math.nan])
+    assert len(rounds(chain(), evaluate=lambda model: next(scripted), stop=Stop(accuracy=1.0))) == 1
 
 
 def test_bad_requests_do_not_wait_for_the_first_round() -> None:
@@ -293,6 +331,11 @@ def test_stop_needs_a_condition() -> None:
         TorchtrimError, match=r"rounds must be a whole number of at least 1, found 0; compression must be above 1"
     ):
         Stop(rounds=0, compression=1)
+    for value in (math.nan, math.inf, "3", "three", 2.5, True):
+        with pytest.raises(TorchtrimError, match="rounds must be a whole number of at least 1, found"):
+            Stop(rounds=value)  # type: ignore[arg-type]
+    with pytest.raises(TorchtrimError, match="compression must be above 1, found '2'; accuracy must be"):
+        Stop(compression="2", accuracy="90")  # type: ignore[arg-type]
     with pytest.raises(TorchtrimError, match="start of at least 1"):
         Progressive(0)
 
@@ -322,6 +365,20 @@ def test_a_budget_that_is_too_small_says_so_in_the_first_round() -> None:
     with pytest.raises(PlanError, match="the budget is out of reach"):
         rounds(chain(), rule=Budget(parameters=0.3, floor=0.8), retrain=trained.append, stop=Stop(rounds=9))
     assert not trained
+
+
+def test_a_budget_that_no_choice_can_reach_is_refused_before_any_work() -> None:
+    settings = {"retrain": retrain, "evaluate": accuracy, "stop": Stop(rounds=2), "layers": ["layers.0"]}
+    with pytest.raises(PlanError, match=r"parameters: expected at most \d+, but the smallest that can be reached is"):
+        iterate(chain(), INPUTS[:2], [INPUTS], rule=Budget(parameters=0.1), **settings)
+
+
+def test_progressive_layers_reach_a_budget_that_the_first_of_them_cannot() -> None:
+    found = rounds(chain(), rule=Budget(parameters=0.3), layers=Progressive(1), stop=Stop(rounds=4))
+    assert found[-1].cost.parameters <= 0.3 * found[0].ancestor.parameters
+    assert len(found[0].layers) == 1
+    with pytest.raises(PlanError, match="out of reach"):
+        rounds(chain(), rule=Budget(parameters=0.3), layers=found[0].layers)
 
 
 def test_the_guard_halves_the_way_to_a_budget() -> None:

@@ -94,7 +94,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
         found.plot(tmp_path / "a.png", layer="2")
     with pytest.raises(ProfileError, match="expected a layer that was measured, found 'convolution'"):
         found.plot(tmp_path / "a.png", layer="convolution")
-    with pytest.raises(ProfileError, match=r"plot: .*a\.doc: Format 'doc' is not supported"):
+    with pytest.raises(ProfileError, match=r"plot: .*a\.doc: expected an ending such as \.png or \.pdf, found \.doc"):
         found.plot(tmp_path / "a.doc")
     with pytest.raises(ProfileError, match="expected a profile that has seen data"):
         Profile({}, 0).plot(tmp_path / "a.png")

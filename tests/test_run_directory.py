@@ -375,8 +375,16 @@ def test_a_request_that_fails_does_not_use_the_directory(tmp_path) -> None:
         work.run(work.ancestor(), tmp_path / "run", layers=["fc9"])
     with pytest.raises(PlanError, match="unknown criterion"):
         work.run(work.ancestor(), tmp_path / "new", criterion="apos")
-    assert not (tmp_path / "new").exists()
+    assert list(tmp_path.iterdir()) == []
     assert len(work.run(work.ancestor(), tmp_path / "run", rounds=1, layers=["a"])) == 1
+
+
+def test_a_request_that_fails_drops_no_earlier_run(used) -> None:
+    before = contents(used)
+    work = Work("BatchNorm")
+    with pytest.raises(PlanError, match="unknown layer 'fc9'"):
+        work.run(work.ancestor(), used, layers=["fc9"], overwrite=True)
+    assert contents(used) == before
 
 
 def test_what_is_asked_is_the_same_in_another_process(tmp_path) -> None:

@@ -99,6 +99,44 @@ def test_an_interrupted_analysis_goes_on(model, tmp_path: Path) -> None:
         sensitivity(model, INPUTS[:2], [INPUTS], evaluate, fractions=(0.2, 0.4), checkpoint=path)
 
 
+def test_an_interrupted_pass_over_the_data_ends_the_analysis(model) -> None:
+    def interrupted():
+        yield INPUTS
+        raise KeyboardInterrupt
+
+    class Batches:
+        def __iter__(self):
+            return interrupted()
+
+    with pytest.raises(KeyboardInterrupt), pytest.warns(torchtrim.TorchtrimWarning, match="partial"):
+        sensitivity(model, INPUTS[:2], Batches(), lambda other: pytest.fail("it went on"))
+
+
+def test_what_is_missing_is_not_taken_for_found(tmp_path: Path) -> None:
+    """Such as of an analysis that was interrupted in its second layer."""
+    found = Sensitivity(
+        100.0, (0.1, 0.5), {"a": (90.0, 80.0), "b": (99.0,), "c": ()}, {name: (name,) for name in "abc"}
+    )
+    assert found.missing == 3
+    for use in (found.weights, lambda: found.plot(tmp_path / "found.png")):
+        with pytest.raises(ProfileError, match="found one that was interrupted, without 3 of its accuracies"):
+            use()
+    assert [line.split() for line in str(found).splitlines()[2:]] == [
+        ["a", "90", "80", "?"],
+        ["b", "99", "?", "?"],
+        ["c", "?", "?", "?"],
+    ]
+
+
+def test_reconstruction_is_measured_by_its_name(model) -> None:
+    profile = torchtrim.profile(model, [INPUTS])
+    named, given = (
+        sensitivity(model, INPUTS[:2], [INPUTS], likeness(model), fractions=[0.5], criterion=one, profile=profile)
+        for one in ("reconstruction", torchtrim.reconstruction(model, INPUTS[:2], [INPUTS]))
+    )
+    assert named == given
+
+
 def test_files_and_pictures(model, tmp_path: Path) -> None:
     found = sensitivity(model, INPUTS[:2], [INPUTS], likeness(model), fractions=(0.1, 0.3, 0.5))
     found.save(tmp_path / "found.json")
@@ -108,6 +146,8 @@ def test_files_and_pictures(model, tmp_path: Path) -> None:
     for name in ("other.json", "missing.json"):
         with pytest.raises(StoreError, match="expected a sensitivity"):
             Sensitivity.load(tmp_path / name)
+    with pytest.raises(StoreError, match=r"missing\.json: expected .*, found no such file$"):
+        Sensitivity.load(tmp_path / "missing.json")
     pytest.importorskip("matplotlib")
     found.plot(tmp_path / "found.png")
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
@@ -118,7 +158,11 @@ def test_files_and_pictures(model, tmp_path: Path) -> None:
 def test_what_cannot_be_asked(model) -> None:
     with pytest.raises(PlanError, match="expected a share"):
         sensitivity(model, INPUTS[:2], [INPUTS], likeness(model), fractions=[1.5])
+    with pytest.raises(PlanError, match=r"fractions: expected shares such as \(0.1, 0.5\), found \[\]"):
+        sensitivity(model, INPUTS[:2], [INPUTS], likeness(model), fractions=[])
     with pytest.raises(PlanError, match="unknown layer 'nothing'"):
         sensitivity(model, INPUTS[:2], [INPUTS], likeness(model), layers=["nothing"])
     with pytest.raises(ProfileError, match="expected a finite accuracy of the whole model, found nan"):
         sensitivity(model, INPUTS[:2], [INPUTS], lambda other: float("nan"))
+    with pytest.raises(ProfileError, match="expected one number, the accuracy of the whole model, found None"):
+        sensitivity(model, INPUTS[:2], [INPUTS], lambda other: None)

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, TypeAlias
 
 from torchtrim.errors import PlanError, nearest
@@ -29,6 +30,21 @@ def amount_text(name: str, amount: float) -> str:
 
 def amount_asked(name: str, value: float | str) -> str:
     return value if isinstance(value, str) else f"{100 * value:g} %" if value < 1 else amount_text(name, value)
+
+
+def out_of_reach(
+    targets: Mapping[str, float], smallest: Mapping[str, float], own: Mapping[str, float], notes: Iterable[str]
+) -> str:
+    """What to say of a budget that cannot be met. notes: of what was left whole."""
+    reached = [
+        f"{name}: expected at most {amount_text(name, target)}, but the smallest that can be reached is "
+        f"{amount_text(name, smallest[name])}, {smallest[name] / own[name]:.1%} of the model's own"
+        for name, target in targets.items()
+        if smallest[name] > target
+    ]
+    return "\n  ".join(["the budget is out of reach:", *reached, *notes]) + (
+        "\nlower the floors, trim more layers, or allow more; print(trace(model, example)) says what is locked"
+    )
 
 
 def limits(floor: PerLayer, cap: PerLayer | None, widths: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
@@ -60,8 +76,27 @@ def per_layer(what: str, given: PerLayer, names: Iterable[str], default: float) 
     }
 
 
+def per_layer_faults(floor: Any, cap: Any, weights: Any) -> list[str]:
+    """What is wrong with these, whatever the layers are."""
+    faults: list[str] = []
+    for name, given in (("floor", floor), ("cap", cap), ("weights", weights)):
+        if given is None and name != "floor":
+            continue
+        if name == "weights" and not isinstance(given, Mapping):
+            faults.append(f"weights: expected factors by layer, found {given!r}")
+            continue
+        by_layer: Mapping[Any, Any] = given if isinstance(given, Mapping) else {"*": given}
+        for layer, value in by_layer.items():
+            if not isinstance(layer, str):
+                faults.append(f"{name}: expected names or patterns of layers, found {layer!r}")
+            if not (positive(value) or (name == "floor" and value == 0)):
+                least = "of at least" if name == "floor" else "above"
+                faults.append(f"{name}: expected numbers {least} 0, found {value!r}")
+    return faults
+
+
 def positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value > 0  # of NumPy too
 
 
 def is_latency(value: Any) -> bool:

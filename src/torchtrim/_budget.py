@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from torchtrim import criteria
+from torchtrim import _amounts, criteria
 from torchtrim._allot import TOLERANCE, Queue, allot, by_savings
-from torchtrim._amounts import PerLayer, amount, amount_asked, amount_text, is_latency, limits, per_layer, positive
+from torchtrim._amounts import PerLayer, amount, amount_text, limits, per_layer, positive
 from torchtrim._cost import bytes_of, flops_of, latencies_beside, parameters_of
 from torchtrim._forward import device_of
 from torchtrim._graph import trace
@@ -33,6 +33,7 @@ _TARGETS = ("parameters", "flops", "bytes", "latency")
 _SECONDS_EACH = 2.0  # that a trimmed model and its original are timed
 _CORRECTIONS = 8  # of what is priced by what is measured
 _RUINED = 0.999  # the error of layers beyond which nothing more is lost
+_CLEARLY = 1.1  # times a target, where units are unequal
 _STRIDE = 1.5  # times as far as in proportion, since part of a latency does not fall with the widths
 
 
@@ -69,20 +70,13 @@ class Budget:
             for name in ("parameters", "flops", "bytes")
             if (value := getattr(self, name)) is not None and not positive(value)
         ]
-        if self.latency is not None and not is_latency(self.latency):
+        if self.latency is not None and not _amounts.is_latency(self.latency):
             faults.append(
                 f'latency: expected a share below 1, or a time with its unit such as "12 ms", found {self.latency!r}'
             )
         if not self.asked:
             faults.append("expected a target, found none; give parameters, flops, bytes or latency")
-        for name in ("floor", "cap", "weights"):
-            given: Any = getattr(self, name)
-            values: Iterable[Any] = () if given is None else given.values() if isinstance(given, Mapping) else [given]
-            faults += [
-                f"{name}: expected numbers {'of at least' if name == 'floor' else 'above'} 0, found {value!r}"
-                for value in values
-                if not (positive(value) or (name == "floor" and value == 0))
-            ]
+        faults += _amounts.per_layer_faults(self.floor, self.cap, self.weights)
         if type(self.multiple_of) is not int or self.multiple_of < 1:
             faults.append(f"multiple_of: expected a whole number of at least 1, found {self.multiple_of!r}")
         if faults:
@@ -134,13 +128,20 @@ class Budget:
         choice = _Choice(self, model, graph, profile, criteria.resolve(criterion), layers, latencies)
         return choice.made()
 
-    def check(self, widths: Mapping[str, int]) -> None:
-        """Raise PlanError for floors, caps and weights of layers that are not among these, or that exclude each other.
+    def check(
+        self, model: nn.Module, graph: NeuronGraph, profile: Profile, layers: Sequence[str] | None = None
+    ) -> None:
+        """Raise PlanError for what cannot be planned whatever is measured: a budget that is clearly out of reach, and
+        floors, caps and weights of unknown layers, or that exclude each other.
 
-        widths: neurons by layer.
+        profile: of the model, which need not have seen data. layers: as for `plan`. A latency is not looked at, since
+        that takes time.
         """
-        limits(self.floor, self.cap, widths)
-        per_layer("weights", self.weights or {}, widths, 1.0)
+        limits(self.floor, self.cap, profile.widths)
+        per_layer("weights", self.weights or {}, profile.widths, 1.0)
+        counted = [name for name in self.asked if name != "latency"]
+        if counted:
+            _Choice(replace(self, latency=None), model, graph, profile, criteria.l1_norm, layers, None).check()
 
     @property
     def asked(self) -> dict[str, float | str]:
@@ -148,7 +149,7 @@ class Budget:
         return {name: value for name in _TARGETS if (value := getattr(self, name)) is not None}
 
     def __str__(self) -> str:
-        targets = (f"{name} {amount_asked(name, value)}" for name, value in self.asked.items())
+        targets = (f"{name} {_amounts.amount_asked(name, value)}" for name, value in self.asked.items())
         return ", ".join(targets)
 
 
@@ -192,6 +193,19 @@ class _Choice:
     @property
     def _all_kept(self) -> Kept:
         return np.ones(len(self._graph.root), bool)
+
+    def check(self) -> None:
+        """Raise PlanError where what floors leave is still too much; clearly, where scores decide which units stay."""
+        queues, kept_after = self._queues()
+        kept = kept_after(np.array([queue.steps[-1] for queue in queues], np.int64))
+        least = {name: self._cost(name, kept) for name in self._targets}
+        members = (
+            np.stack([np.bincount(place, minlength=values.size) for place in places.values()])
+            for values, places in self._scored.values()
+        )
+        margin = 1.0 if all((some == some[:, :1]).all() for some in members) else _CLEARLY
+        if any(least[name] > margin * target for name, target in self._targets.items()):
+            self._refuse(least)
 
     def made(self) -> Plan:
         best: tuple[float, Plan, dict[str, float]] | None = None
@@ -244,22 +258,7 @@ class _Choice:
     def _chosen(self) -> tuple[Plan, Kept, list[str], bool]:
         """The plan for what things are thought to cost, what it keeps, notes, and whether that is still too much."""
         budget, profile, notes = self._budget, self._profile, list[str]()
-        widths = profile.widths
-        least, most = limits(budget.floor, budget.cap, widths)
-        queues = [
-            Queue.of(values, places, widths, least, most, budget.multiple_of)
-            for values, places in self._scored.values()
-        ]
-        groups = list(self._scored.values())
-        roots = [_roots_of_units(self._graph, profile, places, values.size) for values, places in groups]
-
-        going = [_going(queue, units) for queue, units in zip(queues, roots, strict=True)]
-
-        def kept_after(counts: Integers) -> Kept:
-            kept = self._all_kept
-            for (order, ends), count in zip(going, counts, strict=True):
-                kept[order[: ends[count]]] = False
-            return kept
+        queues, kept_after = self._queues()
 
         def excess(counts: Integers) -> float:
             kept = kept_after(counts)
@@ -285,7 +284,9 @@ class _Choice:
         if odd:
             notes.append(f"{', '.join(odd)}: no smaller width is a multiple of {budget.multiple_of}")
         removed = {
-            name: np.flatnonzero(~kept[self._graph.layers[name].roots]) for _, places in groups for name in places
+            name: np.flatnonzero(~kept[self._graph.layers[name].roots])
+            for _, places in self._scored.values()
+            for name in places
         }
         plans = {
             name: LayerPlan(layer.width, tuple(removed[name].tolist()))
@@ -294,6 +295,22 @@ class _Choice:
         }
         return Plan(plans, self._source, (), profile.through_norms), kept, notes, left > 1
 
+    def _queues(self) -> tuple[list[Queue], Callable[[Integers], Kept]]:
+        """A queue for each group, and what is kept once so many of each are gone."""
+        budget, widths, groups = self._budget, self._profile.widths, list(self._scored.values())
+        least, most = limits(budget.floor, budget.cap, widths)
+        queues = [Queue.of(values, places, widths, least, most, budget.multiple_of) for values, places in groups]
+        roots = [_roots_of_units(self._graph, self._profile, places, values.size) for values, places in groups]
+        going = [_going(queue, units) for queue, units in zip(queues, roots, strict=True)]
+
+        def kept_after(counts: Integers) -> Kept:
+            kept = self._all_kept
+            for (order, ends), count in zip(going, counts, strict=True):
+                kept[order[: ends[count]]] = False
+            return kept
+
+        return queues, kept_after
+
     def _cost(self, name: str, kept: Kept) -> float:
         return self._priced(name, kept) * self._scale[name]
 
@@ -301,18 +318,7 @@ class _Choice:
         return self._latencies.seconds(kept) if name == "latency" else getattr(self._prices, name)(kept)
 
     def _refuse(self, smallest: Mapping[str, float]) -> None:
-        reached = (
-            f"{name}: expected at most {amount_text(name, target)}, but the smallest that can be reached is "
-            f"{amount_text(name, smallest[name])}, {smallest[name] / self._own[name]:.1%} of the model's own"
-            for name, target in self._targets.items()
-            if smallest[name] > target
-        )
-        raise PlanError(
-            "the budget is out of reach:\n  "
-            + "\n  ".join(reached)
-            + "\nlower the floors, trim more layers, or ask for "
-            "less; print(trace(model, example)) says what is locked"
-        )
+        raise PlanError(_amounts.out_of_reach(self._targets, smallest, self._own, self._notes))
 
     def _measured(self, plan: Plan) -> tuple[dict[str, float], list[str]]:
         """What the trimmed model costs, and the layers that stayed whole against the plan."""

@@ -3,9 +3,26 @@
 import io
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from torchtrim.errors import ProfileError
+
 BLUE, ORANGE, INK, FAINT = "#4477aa", "#ee7733", "#333333", "#999999"  # told apart by all kinds of eyes
+
+
+def form_of(path: str | Path) -> str:
+    """The form of the picture in a file, by its ending, such as "png". Raises ProfileError: it cannot be drawn."""
+    try:
+        from matplotlib import backend_bases
+    except ImportError as error:
+        raise ProfileError(f"plot: {error}; run pip install 'torchtrim[report]'") from error
+    form, known = Path(path).suffix.removeprefix(".").lower() or "png", sorted(backend_bases.FigureCanvasBase.filetypes)
+    if form not in known:
+        raise ProfileError(
+            f"plot: {path}: expected an ending such as .png or .pdf, found .{form}; known: {', '.join(known)}"
+        )
+    return form
 
 
 @contextmanager

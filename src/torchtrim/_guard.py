@@ -65,9 +65,13 @@ def checked_guard(guard: Guard | float | None) -> Guard | None:
     return guard if guard is None or isinstance(guard, Guard) else Guard(guard)
 
 
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and type(value) is not bool
+
+
 def is_drop(value: Any) -> bool:
     """Whether this can be a largest drop of an accuracy."""
-    return type(value) is not bool and isinstance(value, (int, float, np.number)) and bool(0 <= value < math.inf)
+    return is_number(value) and bool(0 <= value < math.inf)
 
 
 def fell(accuracy: float, ancestor: float, max_drop: float) -> bool:

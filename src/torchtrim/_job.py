@@ -32,14 +32,12 @@ from torchtrim._report import Ancestor, RoundTable
 from torchtrim._rounds import Progressive, Round
 from torchtrim._run_directory import RunDirectory
 from torchtrim._select import check_layers
-from torchtrim._settings import Settings
+from torchtrim._settings import LATENCY_BATCH, Settings
 from torchtrim._source import Opened, open_source
 from torchtrim._training import evaluate, train
 from torchtrim._unmeasured import unmeasured
 from torchtrim._words import REPORTS, closing, heading, place_of, rolled_back, write_report
 from torchtrim.errors import ModelError
-
-LATENCY_BATCH = 32  # inputs of the batch whose latency is measured
 
 Say = Callable[[str], None]
 
@@ -63,7 +61,8 @@ def run(
     blank = unmeasured(opened.model, opened.graph)
     check_layers(blank, layers)
     if isinstance(settings.rule, Budget):
-        settings.rule.check(blank.widths)
+        one = trace(opened.model, opened.data.example[:1], through_norms=settings.through_norms)
+        settings.rule.check(opened.model, one, blank, layers)
     with RunDirectory.open(
         settings.out, settings.described(), asdict(settings.stop), resume=resume, overwrite=overwrite
     ) as directory:
@@ -144,7 +143,7 @@ class _Trimming:
             retrain=self._retrain,
             evaluate=lambda model: self._evaluate(model, data.calibration),
             test=lambda model: self._evaluate(model, data.test),
-            rule=settings.rule,
+            rule=settings.rule_of_batch,
             stop=settings.stop,
             layers=settings.layers,
             criterion=settings.criterion,

@@ -171,8 +171,18 @@ def _part(width: int, share: float) -> int:
 
 def _machine(device: torch.device) -> dict[str, Any]:
     """What latencies depend on besides the layer."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"device": f"{device.type}: {name}", "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _processor() -> str:
+    """The processor by its name, which on Linux Python knows no more of than the kind: x86_64."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _read(path: Path, machine: Mapping[str, Any]) -> dict[str, Floats]:

@@ -3,9 +3,10 @@
 `iterate` is a generator of rounds; whoever draws from it decides what to keep. Hu et al., "Network Trimming", 2016.
 """
 
+import math
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,11 +17,22 @@ import torch
 from torch import nn
 
 from torchtrim import criteria
+from torchtrim._accuracy import accuracy_of
 from torchtrim._budget import Budget
 from torchtrim._cost import measure, measure_beside
 from torchtrim._forward import Forward
 from torchtrim._graph import trace
-from torchtrim._guard import Accuracy, Attempt, Guard, checked_guard, fell, none_holds, part_of, smaller_plans
+from torchtrim._guard import (
+    Accuracy,
+    Attempt,
+    Guard,
+    checked_guard,
+    fell,
+    is_number,
+    none_holds,
+    part_of,
+    smaller_plans,
+)
 from torchtrim._history import history
 from torchtrim._measure import check_tolerance, profile
 from torchtrim._plan import Plan
@@ -34,6 +46,8 @@ from torchtrim._surgery import trim
 from torchtrim._unmeasured import unmeasured
 from torchtrim.criteria import Criterion
 from torchtrim.errors import TorchtrimError, TorchtrimWarning
+
+_WHOLE = "the model to begin with"
 
 Retrain = Callable[[nn.Module], Any]
 Evaluate = Callable[[nn.Module], float]
@@ -79,16 +93,19 @@ def iterate(
     zero_tolerance: as for `profile`.
 
     Raises, before any work: TraceError when the model cannot run on the example, PlanError for unknown or locked
-    layers, or when none can be trimmed. Surgery and measuring raise theirs.
+    layers, when none can be trimmed, or for a budget out of reach. Surgery and measuring raise theirs, and what
+    `evaluate` gives must be a number.
     """
+    _check_kinds(stop, layers, seed, retrain=retrain, evaluate=evaluate, test=test, on_rejected=on_rejected)
     graph = trace(model, example, through_norms=through_norms)
     blank = unmeasured(model, graph)
-    check_layers(blank, None if isinstance(layers, Progressive) else layers)
+    names = None if isinstance(layers, Progressive) else layers
+    check_layers(blank, names)
     ways = None if repair is None else checked_ways(repair)
     check_repair_positions(repair_positions, ways or (), criteria.resolve(criterion))
     check_tolerance(zero_tolerance)
     if isinstance(rule, Budget):
-        rule.check(blank.widths)
+        rule.check(model, graph, blank, names)
     guard = checked_guard(guard)
     if isinstance(batches, Iterator):
         raise TorchtrimError(
@@ -116,6 +133,23 @@ def iterate(
         blank.widths,
     )
     return _rounds(model, settings, list(done))
+
+
+def _check_kinds(stop: Any, layers: Any, seed: Any, **functions: Any) -> None:
+    """Raise one TorchtrimError for all that is not of the kind that the loop calls."""
+    faults = [
+        f"{name}: expected a function, found {value!r}"
+        for name, value in functions.items()
+        if not (callable(value) or (value is None and name in ("test", "on_rejected")))
+    ]
+    if not isinstance(stop, Stop):
+        faults.append(f"stop: expected such as Stop(rounds=4), found {stop!r}")
+    if not (layers is None or isinstance(layers, (Collection, Progressive))):  # an iterator would be used up
+        faults.append(f"layers: expected a sequence of names, found {layers!r}")
+    if not is_number(seed):
+        faults.append(f"seed: expected a number, found {seed!r}")
+    if faults:
+        raise TorchtrimError("\n".join(faults))
 
 
 @dataclass(frozen=True)
@@ -148,12 +182,15 @@ class _Settings:
             zero_tolerance=self.zero_tolerance,
         )
 
+    def evaluated(self, model: nn.Module, what: str) -> float:
+        return accuracy_of(self.evaluate, model, what)
+
     def tested(self, model: nn.Module) -> float | None:
         """What is only reported; what it draws at random is put aside, since nothing may depend on it."""
         if self.test is None:
             return None
         with torch.random.fork_rng(range(torch.cuda.device_count())):
-            return self.test(model)
+            return accuracy_of(self.test, model, "the model", "test")
 
 
 def _rounds(ancestor: nn.Module, settings: _Settings, done: list[Round]) -> Iterator[Round]:
@@ -187,7 +224,11 @@ def _round(ancestor: nn.Module, last: Round | None, number: int, settings: _Sett
     if plan is None:
         return None
     with clock("evaluate"):
-        before = last.accuracy.retrained if last else settings.evaluate(model)
+        before = last.accuracy.retrained if last else settings.evaluated(model, _WHOLE)
+        if last is None and not math.isfinite(before):
+            raise TorchtrimError(
+                f"evaluate: expected a finite accuracy of {_WHOLE}, found {before}; all is held to that"
+            )
         before_test = last.test.retrained if last and last.test else settings.tested(model)
     first = last.ancestor_accuracy if last else before
     rejected: list[Attempt] = []
@@ -255,11 +296,11 @@ def _try(model: nn.Module, plan: Plan, number: int, settings: _Settings, clock: 
                 positions=settings.repair_positions,
             )
     with clock("evaluate"):
-        trimmed, trimmed_test = settings.evaluate(small), settings.tested(small)
+        trimmed, trimmed_test = settings.evaluated(small, "the trimmed model"), settings.tested(small)
     with clock("retrain"), _seeded(settings.seed, number):
         settings.retrain(small)
     with clock("evaluate"):
-        return _Tried(small, plan, trimmed, trimmed_test, settings.evaluate(small))
+        return _Tried(small, plan, trimmed, trimmed_test, settings.evaluated(small, "the retrained model"))
 
 
 def _chooser(
@@ -279,7 +320,7 @@ def _chooser(
     whole = last.ancestor if last else measure(ancestor, example)
     now = last.cost if last else whole
     planned = partial(Budget.plan, model=model, example=example, profile=measured, criterion=criterion, layers=layers)
-    if number == 1 < rounds:
+    if number == 1 < rounds and not isinstance(settings.layers, Progressive):  # whose layers become more
         planned(rule)  # if it is out of reach, it says so now, and not after some rounds
 
     def choose(part: int) -> Plan:

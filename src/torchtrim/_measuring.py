@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from torchtrim import criteria
 from torchtrim._data import batches
+from torchtrim._drawing import form_of
 from torchtrim._measure import check_tolerance, profile
 from torchtrim._profile import Profile
 from torchtrim._progress import shown
@@ -24,7 +25,7 @@ from torchtrim._repair import Way
 from torchtrim._report import advice, classes_table, profile_table
 from torchtrim._rounds import Progressive
 from torchtrim._select import Rule, check_layers
-from torchtrim._sensitivity import Sensitivity, sensitivity
+from torchtrim._sensitivity import Sensitivity, checked_fractions, sensitivity
 from torchtrim._source import Source, open_source
 from torchtrim._stable import Stable
 from torchtrim._training import Training, evaluate
@@ -125,11 +126,13 @@ def fall(
     Raises TorchtrimError, before any work if what is asked cannot be done.
     """
     criteria.resolve(criterion)
+    checked_fractions(fractions)
     _check_place(out, "--out")
     if out.exists():
         Sensitivity.load(out)  # anything else is not ours to replace
     if plot is not None:
         _check_place(plot, "--plot")
+        form_of(plot)
     opened = open_source(source, through_norms=through_norms)
     check_layers(unmeasured(opened.model, opened.graph), layers)
     if source.untrained:
@@ -138,16 +141,13 @@ def fall(
         out.unlink(missing_ok=True)
     data = opened.data.calibration
     loader = Watched(batches(data, reading.batch_size, workers=reading.workers), progress, "measuring")
-    function = criteria.resolve(criterion)
-    if function is criteria.reconstruction:
-        function = reconstruction(opened.model, opened.graph, loader, layers)
     found = sensitivity(
         opened.model,
         opened.graph,
         loader,
         partial(evaluate, dataset=data, batch_size=reading.batch_size, workers=reading.workers, progress=progress),
         fractions=fractions,
-        criterion=function,
+        criterion=criterion,
         layers=layers,
         repair=repair or None,
         checkpoint=out,
@@ -185,6 +185,7 @@ def _check_asked(out: Path | None, plot: Path | None, *, resume: bool, ends: boo
             Profile.load(out)  # anything else is not ours to replace
     if plot is not None:
         _check_place(plot, "--plot")
+        form_of(plot)
 
 
 def _check_place(path: Path, option: str) -> None:

@@ -135,7 +135,8 @@ Parameters = Annotated[
     ),
 ]
 Flops = Annotated[
-    float | None, typer.Option(metavar="AMOUNT", help="The same, of FLOPs: 0.5, or 2e9.", rich_help_panel=BUDGET)
+    float | None,
+    typer.Option(metavar="AMOUNT", help="The same, of FLOPs of one input: 0.5, or 2e9.", rich_help_panel=BUDGET),
 ]
 Bytes = Annotated[
     float | None, typer.Option("--bytes", metavar="AMOUNT", help="The same, of bytes.", rich_help_panel=BUDGET)
@@ -144,23 +145,24 @@ Latency = Annotated[
     str | None,
     typer.Option(
         metavar="AMOUNT",
-        help='The same, of the latency, which is measured here: 0.5, or "12 ms".',
+        help='The same, of the latency of a batch of 32, which is measured here: 0.5, or "12 ms".',
         rich_help_panel=BUDGET,
     ),
 ]
 Floor = Annotated[
-    float | None,
+    list[str] | None,
     typer.Option(
         metavar="AMOUNT",
-        help="How many of a layer's neurons must stay, a share or a number. Without: 0.05.",
+        help="How many of a layer's neurons must stay, a share or a number; of some layers features.*=0.2, repeated "
+        "or with commas, of which the first that fits counts. Without, and for the others: 0.05.",
         rich_help_panel=BUDGET,
     ),
 ]
 Cap = Annotated[
-    float | None,
+    list[str] | None,
     typer.Option(
         metavar="AMOUNT",
-        help="How many of a layer's neurons may stay at most, a share or a number.",
+        help="How many of a layer's neurons may stay at most, in the same way. Without: all.",
         rich_help_panel=BUDGET,
     ),
 ]

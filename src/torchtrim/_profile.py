@@ -14,6 +14,7 @@ from safetensors.numpy import save as to_safetensors
 
 from torchtrim._classes import Label, in_order
 from torchtrim._counting import Counts
+from torchtrim._drawing import form_of
 from torchtrim._files import write_whole
 from torchtrim._parts import Part, SiteProfile, added_up, measured_layer, sites_of
 from torchtrim._profile_picture import classes_picture, layers_picture
@@ -144,20 +145,15 @@ class Profile(Mapping[str, LayerProfile]):
         Raises ProfileError: nothing was seen, or not by class; no such layer; no matplotlib; an unknown ending.
         Raises StoreError: the file cannot be written.
         """
-        form = Path(path).suffix.removeprefix(".") or "png"
+        form = form_of(path)
         seen = [one for one in self.layers.values() if one.positions.any()]
-        try:
-            if layer is not None:
-                classes = self._seen_by_class(layer)
-                content = classes_picture(self[layer], classes, self.examples, form)
-            elif seen:
-                content = layers_picture(seen, self.examples, form)
-            else:
-                raise ProfileError("plot: expected a profile that has seen data, found none")
-        except ImportError as error:
-            raise ProfileError(f"plot: {error}; run pip install 'torchtrim[report]'") from error
-        except ValueError as error:
-            raise ProfileError(f"plot: {path}: {error}") from error
+        if layer is not None:
+            classes = self._seen_by_class(layer)
+            content = classes_picture(self[layer], classes, self.examples, form)
+        elif seen:
+            content = layers_picture(seen, self.examples, form)
+        else:
+            raise ProfileError("plot: expected a profile that has seen data, found none")
         write_whole(Path(path), content)
 
     def _seen_by_class(self, name: str) -> dict[Label, LayerProfile]:

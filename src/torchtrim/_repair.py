@@ -109,7 +109,9 @@ def repair(
 
 def checked_ways(how: Ways) -> tuple[Way, ...]:
     """The ways that are asked for. Raises TorchtrimError: an unknown one, or an order that undoes what was done."""
-    ways = (how,) if isinstance(how, str) else tuple(how)
+    given: Any = how
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    ways = cast(tuple[Way, ...], tuple(given) if several else (given,))
     unknown = [way for way in ways if way not in get_args(Way)]
     if unknown or not ways:
         found = ", ".join(map(repr, unknown)) or "nothing"

@@ -1,14 +1,15 @@
 """What a round of the loop is, when the loop ends, and which layers each round trims."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from torchtrim._cost import Cost
-from torchtrim._guard import Accuracy, Attempt, fell, is_drop
+from torchtrim._guard import Accuracy, Attempt, fell, is_drop, is_number
 from torchtrim._plan import Plan
 from torchtrim._profile import Profile
 from torchtrim.errors import TorchtrimError
@@ -71,13 +72,17 @@ class Stop:
 
     def __post_init__(self) -> None:
         rounds, compression, accuracy, drop = self.rounds, self.compression, self.accuracy, self.max_drop
-        fitting = (
-            ("rounds", "a whole number of at least 1", rounds, rounds is None or (rounds == int(rounds) >= 1)),
-            ("compression", "above 1", compression, compression is None or compression > 1),
-            ("accuracy", "a finite number", accuracy, accuracy is None or math.isfinite(accuracy)),
-            ("max_drop", "a finite number of at least 0", drop, drop is None or is_drop(drop)),
+        fitting: tuple[tuple[str, str, Any, Callable[[Any], bool]], ...] = (
+            ("rounds", "a whole number of at least 1", rounds, lambda x: is_number(x) and x >= 1 and x % 1 == 0),
+            ("compression", "above 1", compression, lambda x: is_number(x) and x > 1),
+            ("accuracy", "a finite number", accuracy, lambda x: is_number(x) and math.isfinite(x)),
+            ("max_drop", "a finite number of at least 0", drop, is_drop),
         )
-        faults = [f"{name} must be {expected}, found {value!r}" for name, expected, value, fits in fitting if not fits]
+        faults = [
+            f"{name} must be {expected}, found {value!r}"
+            for name, expected, value, fits in fitting
+            if value is not None and not fits(value)
+        ]
         if rounds is compression is accuracy is drop is None:
             faults.append("expected at least one of rounds, compression, accuracy, max_drop, found none")
         if faults:
@@ -95,7 +100,7 @@ class Stop:
         """Whether the round's accuracy is not below what `accuracy` and `max_drop` ask."""
         retrained = done.accuracy.retrained
         return not (
-            (self.accuracy is not None and retrained < self.accuracy)
+            (self.accuracy is not None and not retrained >= self.accuracy)  # so that no number is too low too
             or (self.max_drop is not None and fell(retrained, done.ancestor_accuracy, self.max_drop))
         )
 

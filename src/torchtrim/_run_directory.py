@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,7 +29,7 @@ from torchtrim._files import hold, is_partial, write_whole
 from torchtrim._forward import Forward
 from torchtrim._guard import Attempt, Guard, checked_guard, none_holds
 from torchtrim._loop import Evaluate, Retrain, iterate
-from torchtrim._repair import Ways, check_repair_positions, checked_ways
+from torchtrim._repair import Ways, checked_ways
 from torchtrim._round_files import (
     METRICS,
     OF_ROUND,
@@ -80,14 +81,31 @@ def run(
     Raises StoreError when the directory cannot be used, and what `iterate` raises.
     """
     guard = checked_guard(guard)
-    ways = None if repair is None else checked_ways(repair)
-    check_repair_positions(repair_positions, ways or (), criteria.resolve(criterion))
+    loop = partial(
+        iterate,
+        example=example,
+        batches=batches,
+        retrain=retrain,
+        evaluate=evaluate,
+        rule=rule,
+        stop=stop,
+        layers=layers,
+        criterion=criterion,
+        test=test,
+        forward=forward,
+        seed=seed,
+        repair=repair,
+        repair_positions=repair_positions,
+        guard=guard,
+        zero_tolerance=zero_tolerance,
+    )
+    loop(model)  # what cannot be asked is found here, before a run that is there is dropped
     settings = {
         "rule": _name(rule if isinstance(rule, Budget) else resolve_rule(rule)),
         "layers": _progressive(layers) if isinstance(layers, Progressive) else layers and list(layers),
         "criterion": _name(criteria.resolve(criterion)),
         "seed": seed,
-        **({} if ways is None else {"repair": list(ways)}),
+        **({} if repair is None else {"repair": list(checked_ways(repair))}),
         **({} if repair_positions is None else {"repair_positions": repair_positions}),
         **({} if guard is None else {"guard": asdict(guard)}),
         **({"steps": stop.rounds} if isinstance(rule, Budget) else {}),
@@ -96,26 +114,7 @@ def run(
     with RunDirectory.open(directory, settings, asdict(stop), resume=resume, overwrite=overwrite) as kept:
         ancestor = kept.ancestor(model)
         done = kept.rounds(model)
-        rounds = iterate(
-            model if ancestor is None else ancestor,
-            example,
-            batches,
-            retrain=retrain,
-            evaluate=evaluate,
-            rule=rule,
-            stop=stop,
-            layers=layers,
-            criterion=criterion,
-            test=test,
-            forward=forward,
-            seed=seed,
-            done=done,
-            repair=repair,
-            repair_positions=repair_positions,
-            guard=guard,
-            on_rejected=kept.reject,
-            zero_tolerance=zero_tolerance,
-        )
+        rounds = loop(model if ancestor is None else ancestor, done=done, on_rejected=kept.reject)
         if ancestor is None:
             kept.keep_ancestor(model, {})
         if kept.closed and not done:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,7 +137,10 @@ def parse_rule(text: str) -> MeanPlusStd | Threshold | Fraction:
 
 def resolve_rule(rule: Rule | str) -> Rule:
     """The rule that a text names; a rule is returned as it is. Raises PlanError."""
-    return parse_rule(rule) if isinstance(rule, str) else rule
+    found: Any = parse_rule(rule) if isinstance(rule, str) else rule
+    if not callable(getattr(found, "choose", None)):
+        raise PlanError(f'rule: expected such as Fraction(0.3) or "mean+1std", found {rule!r}')
+    return found
 
 
 def select(
@@ -186,8 +189,9 @@ def observed_groups(
 
 
 def check_layers(profile: Mapping[str, LayerProfile], layers: Sequence[str] | None) -> None:
-    """Raise the PlanError that `select` would raise for these layers, before anything is measured."""
-    _chosen_groups(profile, _groups(profile), layers)
+    """Raise the PlanError that `select` would raise for these layers, before anything is measured; or for none."""
+    if not _chosen_groups(profile, _groups(profile), layers):
+        raise PlanError("layers: expected at least one name, found none; leave them out to trim all")
 
 
 def _groups(profile: Mapping[str, LayerProfile]) -> dict[str, list[LayerProfile]]:

@@ -14,22 +14,25 @@ import numpy as np
 from torch import nn
 
 from torchtrim import criteria
+from torchtrim._accuracy import accuracy_of
 from torchtrim._calibration import Calibration
 from torchtrim._checkpoint import digest_of
 from torchtrim._copies import named_tensors
+from torchtrim._drawing import form_of
 from torchtrim._files import write_whole
 from torchtrim._forward import Forward
 from torchtrim._graph import trace
 from torchtrim._measure import profile as measured
 from torchtrim._neurons import NeuronGraph
 from torchtrim._profile import Profile
+from torchtrim._reconstruction import reconstruction
 from torchtrim._repair import Ways, checked_ways
 from torchtrim._repair import repair as mended
 from torchtrim._select import Fraction, observed_groups, select
 from torchtrim._sensitivity_picture import curves_picture
 from torchtrim._surgery import trim
 from torchtrim.criteria import Criterion
-from torchtrim.errors import ProfileError, StoreError
+from torchtrim.errors import PlanError, ProfileError, StoreError
 
 _FORMAT, _VERSION = "torchtrim-sensitivity", 1
 _LEAST, _MOST = 0.1, 10.0  # a weight: no layer is free, and none is out of reach
@@ -60,8 +63,9 @@ class Sensitivity:
     def weights(self) -> dict[str, float]:
         """Factors for `Budget(weights=...)`, by layer: what its group loses, relative to the mean of all groups.
 
-        Between 0.1 and 10; all are 1 where no group loses anything.
+        Between 0.1 and 10; all are 1 where no group loses anything. Raises ProfileError: some accuracies are missing.
         """
+        self._check_whole("weights")
         lost = self.lost
         mean = sum(lost.values()) / max(len(lost), 1)
         weights = {name: min(max(one / mean, _LEAST), _MOST) if mean > 0 else 1.0 for name, one in lost.items()}
@@ -83,6 +87,8 @@ class Sensitivity:
     @classmethod
     def load(cls, path: str | Path) -> "Sensitivity":
         """Read what `save` wrote. Raises StoreError when the file is missing, damaged, or something else."""
+        if not Path(path).is_file():
+            raise StoreError(f"{path}: expected a sensitivity that `Sensitivity.save` wrote, found no such file")
         try:
             content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["format"] != _FORMAT or content["version"] != _VERSION:
@@ -102,26 +108,34 @@ class Sensitivity:
     def plot(self, path: str | Path) -> None:
         """Draw a curve for each group; the ending says the form, such as png. Needs `pip install 'torchtrim[report]'`.
 
-        Raises ProfileError: no matplotlib, an unknown ending. Raises StoreError: the file cannot be written.
+        Raises ProfileError: no matplotlib, an unknown ending, accuracies that are missing. Raises StoreError: the file
+        cannot be written.
         """
-        form = Path(path).suffix.removeprefix(".") or "png"
-        try:
-            content = curves_picture(self.baseline, self.fractions, self.accuracy, form)
-        except ImportError as error:
-            raise ProfileError(f"plot: {error}; run pip install 'torchtrim[report]'") from error
-        except ValueError as error:
-            raise ProfileError(f"plot: {path}: {error}") from error
-        write_whole(Path(path), content)
+        self._check_whole("plot")
+        write_whole(Path(path), curves_picture(self.baseline, self.fractions, self.accuracy, form_of(path)))
+
+    @property
+    def missing(self) -> int:
+        """How many accuracies an analysis that was interrupted has not found."""
+        return sum(len(self.fractions) - len(found) for found in self.accuracy.values())
+
+    def _check_whole(self, what: str) -> None:
+        if self.missing:
+            raise ProfileError(
+                f"{what}: expected a whole sensitivity, found one that was interrupted, without {self.missing} of its "
+                "accuracies; go on with it first (checkpoint=, --resume)"
+            )
 
     def __str__(self) -> str:
-        weights = self.weights()
+        weights = {} if self.missing else self.weights()
         rows = [("layer", "tied", *(f"− {one:.0%}" for one in self.fractions), "weight")]
         rows += [
             (
                 name,
                 f"+ {len(self.layers[name]) - 1}" if len(self.layers[name]) > 1 else "",
                 *(f"{one:.4g}" for one in found),
-                f"{weights[name]:.2f}",
+                *["?"] * (len(self.fractions) - len(found)),
+                f"{weights[name]:.2f}" if name in weights else "?",
             )
             for name, found in self.accuracy.items()
         ]
@@ -149,18 +163,19 @@ def sensitivity(
 
     example: as for `trim`. batches, forward: as for `profile` and `repair`. evaluate: the accuracy of a model, the
     higher the better. profile: what was measured of the model already, which spares a pass over the batches. criterion,
-    layers: as for `select`; a layer brings in those it is tied to. repair: as for `iterate`, of every trimmed model.
+    layers: as for `iterate`; a layer brings in those it is tied to. repair: as for `iterate`, of every trimmed model.
     through_norms: as for `trace`. checkpoint: a file that holds what was found so far; a call that finds it goes on
     from there, such as after an interrupt.
 
     Raises PlanError: fractions that are none; layers that are unknown or locked. Raises ProfileError: batches that do
-    not fit, an accuracy that is not finite. Raises StoreError: a checkpoint of another model, or asked otherwise.
+    not fit, an accuracy that is no finite number. Raises StoreError: a checkpoint of another model, or asked otherwise.
     """
-    rules = [Fraction(one) for one in fractions]
+    rules = checked_fractions(fractions)
+    function = criteria.resolve(criterion)
     if repair is not None:
         checked_ways(repair)
+    if repair is not None or function is criteria.reconstruction:
         Calibration(batches, forward)
-    function = criteria.resolve(criterion)
     graph = example if isinstance(example, NeuronGraph) else trace(model, example, through_norms=through_norms)
     facts = {
         "model": digest_of(named_tensors(model)),
@@ -169,7 +184,12 @@ def sensitivity(
         "through_norms": graph.through_norms,
     }
     before = _before(checkpoint, facts, tuple(fractions))
-    profile = profile or measured(model, batches, forward, through_norms=graph.through_norms)
+    if profile is None:
+        profile = measured(model, batches, forward, through_norms=graph.through_norms)
+        if profile.partial:  # an interrupt ended the pass, and ends this
+            raise KeyboardInterrupt
+    if function is criteria.reconstruction:
+        function = reconstruction(model, graph, batches, layers, forward=forward, through_norms=graph.through_norms)
     groups, _ = observed_groups(profile, layers, function)
     tied = {group: tuple(places) for group, (_, places) in groups.items()}
     baseline = before.baseline if before else _evaluated(evaluate, model, "the whole model")
@@ -190,6 +210,13 @@ def sensitivity(
     return result()
 
 
+def checked_fractions(fractions: Sequence[float]) -> list[Fraction]:
+    """A rule for each. Raises PlanError: none, or one that is no share."""
+    if not len(fractions):
+        raise PlanError(f"fractions: expected shares such as (0.1, 0.5), found {fractions!r}")
+    return [Fraction(one) for one in fractions]
+
+
 def _before(checkpoint: str | Path | None, facts: Mapping[str, Any], fractions: Sequence[float]) -> Sensitivity | None:
     """What an earlier call left in the file."""
     if checkpoint is None or not Path(checkpoint).exists():
@@ -206,7 +233,7 @@ def _before(checkpoint: str | Path | None, facts: Mapping[str, Any], fractions: 
 
 
 def _evaluated(evaluate: Callable[[nn.Module], float], model: nn.Module, what: str) -> float:
-    found = float(evaluate(model))
+    found = accuracy_of(evaluate, model, what)
     if not math.isfinite(found):
         raise ProfileError(f"evaluate: expected a finite accuracy of {what}, found {found}")
     return found

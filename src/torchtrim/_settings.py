@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+from torchtrim._amounts import PerLayer
 from torchtrim._budget import Budget
 from torchtrim._guard import Guard
 from torchtrim._repair import Way, checked_ways
@@ -16,6 +17,8 @@ from torchtrim._sensitivity import Sensitivity
 from torchtrim._source import Source
 from torchtrim._training import Training
 from torchtrim.errors import StoreError, TorchtrimError
+
+LATENCY_BATCH = 32  # inputs of the batch whose latency is measured
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,14 @@ class Settings:
     repair_positions: int | None = None
     guard: Guard | None = None
     zero_tolerance: float = 0.0
+
+    @property
+    def rule_of_batch(self) -> Rule | Budget:
+        """The rule for a model that is called with the batch: FLOPs are asked, and told, of one input."""
+        rule = self.rule
+        if not isinstance(rule, Budget) or rule.flops is None or rule.flops < 1:
+            return rule
+        return replace(rule, flops=rule.flops * LATENCY_BATCH)
 
     def described(self) -> dict[str, Any]:
         """What decides the result, as JSON can hold it; not where, nor on what device, nor when it stops.
@@ -119,8 +130,8 @@ def rule_asked(
     rule: str | None,
     *,
     latency: str | None,
-    floor: float | None,
-    cap: float | None,
+    floor: Sequence[str],
+    cap: Sequence[str],
     multiple_of: int | None,
     sensitivity: Path | None,
     **targets: float | None,
@@ -132,7 +143,9 @@ def rule_asked(
     found: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
     if latency is not None:
         found["latency"] = _number_or_text(latency)
-    further = {"--floor": floor, "--cap": cap, "--multiple-of": multiple_of, "--sensitivity": sensitivity}
+    floors = amounts_named("--floor", floor, others=cast(float, Budget.floor))
+    caps = amounts_named("--cap", cap, others=None)
+    further = {"--floor": floors, "--cap": caps, "--multiple-of": multiple_of, "--sensitivity": sensitivity}
     if not found:
         alone = [name for name, value in further.items() if value is not None]
         if alone:
@@ -143,8 +156,36 @@ def rule_asked(
     if rule is not None:
         raise TorchtrimError(f"expected either a rule or a budget, found both --rule {rule} and --{next(iter(found))}")
     weights = None if sensitivity is None else Sensitivity.load(sensitivity).weights()
-    chosen: dict[str, Any] = {"floor": floor, "cap": cap, "multiple_of": multiple_of, "weights": weights}
+    chosen: dict[str, Any] = {"floor": floors, "cap": caps, "multiple_of": multiple_of, "weights": weights}
     return Budget(**found | {name: value for name, value in chosen.items() if value is not None})
+
+
+def amounts_named(option: str, texts: Sequence[str], *, others: float | None) -> PerLayer | None:
+    """An amount for all layers, "0.1", or for some, "conv*=0.5", given one by one or with commas; None without any.
+
+    others: that of layers that are not named. Raises TorchtrimError: another text, or several amounts for all.
+    """
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    named: dict[str, float] = {}
+    every: list[float] = []
+    for part in parts:
+        name, _, number = part.rpartition("=")
+        try:
+            amount = float(number)
+        except ValueError:
+            raise TorchtrimError(
+                f"{option}: expected an amount such as 0.1, or NAME=AMOUNT with commas between, found {part!r}"
+            ) from None
+        if name:
+            named.setdefault(name.strip(), amount)
+        else:
+            every.append(amount)
+    if len(every) > 1:
+        raise TorchtrimError(f"{option}: expected one amount for all layers, found {', '.join(map(str, every))}")
+    rest = every[0] if every else others
+    if not named:
+        return rest if every else None
+    return named if rest is None else {**named, "*": rest}
 
 
 def _number_or_text(text: str) -> float | str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from torchtrim._amounts import amount, amount_asked
+from torchtrim._budget import Budget
 from torchtrim._files import write_whole
 from torchtrim._guard import Attempt
 from torchtrim._picture import picture
@@ -18,6 +20,7 @@ from torchtrim._select import MeanPlusStd, Rule
 from torchtrim._settings import Settings
 from torchtrim._source import Opened, Source
 
+_VARIES = 1.05  # how far above a latency may be when it is timed again, as a factor
 _PICTURE, _PAGE = REPORTS = ("report.png", "report.md")
 
 
@@ -142,9 +145,13 @@ def closing(settings: Settings, rounds: Sequence[Round], closed: Sequence[Attemp
     """What is said at the end. complete: whether an earlier run had left nothing to do."""
     stop = settings.stop
     lines = ["", *(["The run was complete; nothing was left to do."] * complete)]
+    ended = not closed and (not rounds or not stop.reached(rounds[-1]))
     if closed:
         lines.append(_ended(closed))
-    elif not rounds or not stop.reached(rounds[-1]):
+    if rounds and isinstance(settings.rule, Budget):
+        above = _above(settings, rounds[-1])
+        lines += [f"The budget is not met: {', '.join(above)}."] if above else ["The budget is met."] * ended
+    elif ended:
         lines.append("The rule removes nothing more; a lower limit or other layers would.")
     chosen = best(rounds, stop)
     if rounds and chosen is not rounds[-1]:
@@ -170,6 +177,19 @@ def closing(settings: Settings, rounds: Sequence[Round], closed: Sequence[Attemp
             "  " + command("profile", replace(settings.source, weights=str(model))),
         ]
     return "\n".join(lines)
+
+
+def _above(settings: Settings, last: Round) -> list[str]:
+    """What is left above the budget, where a round was halved, or the run ended early."""
+    asked, of_batch = settings.rule, settings.rule_of_batch
+    assert isinstance(asked, Budget)
+    assert isinstance(of_batch, Budget)
+    found: list[str] = []
+    for name, value in of_batch.asked.items():
+        own, left = getattr(last.ancestor, name), getattr(last.cost, name)
+        if left > amount(value, own) * (_VARIES if name == "latency" else 1 + 1e-9):
+            found.append(f"{name} at {100 * left / own:.1f} %, {amount_asked(name, asked.asked[name])} asked")
+    return found
 
 
 def _drawn(settings: Settings) -> bool:
