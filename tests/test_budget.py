@@ -225,6 +225,11 @@ def test_budgets_that_do_not_fit_the_model(arguments, message) -> None:
         Budget(parameters=0.9, **arguments).plan(model, graph, profile)
 
 
+def test_numbers_may_be_numpys() -> None:
+    budget = Budget(parameters=np.int64(200_000), flops=np.float32(0.5), floor=np.float64(0.1))
+    assert budget.asked == {"parameters": 200_000, "flops": 0.5}
+
+
 def test_importances() -> None:
     assert importance(np.array([0.25, 1.0]), torchtrim.criteria.apoz).tolist() == [0.75, 0.0]
     found = importance(np.array([-3.0, -4.0]), torchtrim.criteria.l1_norm)

@@ -96,7 +96,9 @@ def per_layer_faults(floor: Any, cap: Any, weights: Any) -> list[str]:
 
 
 def positive(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value > 0  # of NumPy too
+    if isinstance(value, bool) or not isinstance(value, Real):  # numbers of NumPy are real too
+        return False
+    return math.isfinite(number := float(value)) and number > 0
 
 
 def is_latency(value: Any) -> bool:

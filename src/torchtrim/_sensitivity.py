@@ -183,7 +183,7 @@ def sensitivity(
         "repair": repair if repair is None or isinstance(repair, str) else list(repair),
         "through_norms": graph.through_norms,
     }
-    before = _before(checkpoint, facts, tuple(fractions))
+    before = _before(checkpoint, facts, tuple(rule.p for rule in rules))
     if profile is None:
         profile = measured(model, batches, forward, through_norms=graph.through_norms)
         if profile.partial:  # an interrupt ended the pass, and ends this
@@ -211,10 +211,10 @@ def sensitivity(
 
 
 def checked_fractions(fractions: Sequence[float]) -> list[Fraction]:
-    """A rule for each. Raises PlanError: none, or one that is no share."""
+    """A rule for each, in ascending order. Raises PlanError: none, or one that is no share."""
     if not len(fractions):
         raise PlanError(f"fractions: expected shares such as (0.1, 0.5), found {fractions!r}")
-    return [Fraction(one) for one in fractions]
+    return sorted((Fraction(one) for one in fractions), key=lambda rule: rule.p)
 
 
 def _before(checkpoint: str | Path | None, facts: Mapping[str, Any], fractions: Sequence[float]) -> Sensitivity | None:
