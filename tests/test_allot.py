@@ -76,7 +76,7 @@ def test_of_few_large_units_it_comes_near_the_best_there_is(seed: int) -> None:
 
     gone, left = allot(queues, excess)
     best = max(value for some in product(range(5), repeat=3) if (value := excess(np.array(some))) <= 1)
-    assert best - 0.1 <= left <= 1  # the smallest unit is 3 % of the target
+    assert min(best, 1 - TOLERANCE) - 0.035 <= left <= 1  # the smallest unit is 3 % of the target
     # nothing that is gone could come back
     for index in np.flatnonzero(gone):
         assert excess(gone - (np.arange(3) == index)) > 1
@@ -123,7 +123,7 @@ def test_what_is_lost_for_what_is_saved_is_near_the_least_there_is(seed: int, ch
     choices = [np.array(some) for some in product(*(range(size) for size in sizes))]
     least = min(lost(some) for some in choices if excess(some) <= 1)
     worst = max(lost(some) for some in choices if 0.9 <= excess(some) <= 1)
-    assert lost(gone) <= least + 0.15 * (worst - least)
+    assert lost(gone) <= least + 0.2 * (worst - least)  # a dear unit may go, to end within the tolerance
 
 
 def test_units_that_save_nothing_stay() -> None:

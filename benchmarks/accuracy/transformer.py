@@ -29,6 +29,7 @@ WAYS = {"none": None, "least squares": "least-squares"}
 IMAGES = 1000
 NEAR_ZERO = 0.01  # GELU is never zero
 EPOCHS = (0, 0.5)
+RETRAINED = {"both": (BUDGET, "reconstruction", "l1_norm")}  # the other parts are not
 RATE = 1e-3
 
 
@@ -105,7 +106,8 @@ def main() -> None:
         study = Study(experiment, seed)
         whole += experiment.once(f"seed {seed}, whole", study.whole)
         for epochs, part in product(EPOCHS, PARTS):
-            for criterion, way, share in product(CRITERIA[part], WAYS, SHARES):
+            criteria = RETRAINED.get(part, ()) if epochs else CRITERIA[part]
+            for criterion, way, share in product(criteria, WAYS, SHARES):
                 key = f"seed {seed}, {part}, {share:g}, {criterion}, {way}, {epochs:g} epochs"
                 work = partial(study.test, part, share, criterion, way, epochs)
                 fewer[part, share], accuracy = experiment.once(key, work)
@@ -125,19 +127,23 @@ def write(
 A vision transformer for Fashion-MNIST (16 patches, four blocks of 64 features, four heads and 128 hidden units, trained
 for {experiment.epochs} epochs) without a half and without three quarters of its hidden units, of its heads, or of both;
 what its norms average over stays. Of every layer the same share goes, or, by a *budget* over all of them, as many
-FLOPs. Chosen and repaired with {IMAGES:,} calibration images, and retrained alike for {EPOCHS[1]:g} epochs, or not.
+FLOPs. Chosen and repaired with {IMAGES:,} calibration images, and retrained alike for {EPOCHS[1]:g} epochs, or not; a dash: not retrained.
 APoZ counts what is within {NEAR_ZERO:.0%} of zero. Test accuracy, %; the whole network is at {spread(whole)}.
 """
-    columns = [*product(SHARES, EPOCHS)]
     for part, criteria in CRITERIA.items():
+        columns = [*product(SHARES, EPOCHS if part in RETRAINED else EPOCHS[:1])]
         heads = [f"{fewer[part, share]:.2f}× fewer FLOPs" + ", retrained" * (epochs > 0) for share, epochs in columns]
         rows = [
-            [criterion, way, *(spread(cells[part, criterion, way, *column]) for column in columns)]
+            [criterion, way, *(_cell(cells.get((part, criterion, way, *column))) for column in columns)]
             for criterion, way in product(criteria, WAYS)
         ]
         title = "units and heads" if part == "both" else part
         text += f"\n## Without {title}\n\n" + table(["chosen by", "repair", *heads], rows)
     experiment.write("A vision transformer", text, seeds=seeds)
+
+
+def _cell(values: Sequence[float] | None) -> str:
+    return spread(values) if values else "–"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, permutations, product
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from torchtrim.errors import PlanError
 TOLERANCE = 0.01  # how far below a target a choice may end, as a share of it
 _TURNS = 6  # of looking for what units save where they go
 _PARTS = 16  # of a queue; over as many of its units as one has, what they save is averaged
+_EXCHANGES, _STEPS = 500, 4  # that are tried, and of fewer steps each than this
 _NOTHING = 1e-12  # what a unit saves that saves nothing
 
 
@@ -82,7 +85,8 @@ def allot(queues: Sequence[Queue], excess: Callable[[Integers], float]) -> tuple
 
     excess: of numbers of units gone, the largest ratio of a cost to its target; it falls as more are gone. The units go
     in the order of their importance over all queues until it is at most 1; what is too much is given back, the most
-    important first. Where the unit at the limit is too large for that, it stays, and smaller ones after it go.
+    important first. Where the unit at the limit is too large for that, it stays, and smaller ones after it go. Where
+    that does not end within the tolerance, steps of two queues are exchanged.
     """
     at = np.zeros(len(queues), np.int64)
 
@@ -104,7 +108,28 @@ def allot(queues: Sequence[Queue], excess: Callable[[Integers], float]) -> tuple
             other = _further(queues, prefix(low), counts, owners[low:], costs)
             other = _given_back(queues, other, costs) if costs(other) <= 1 else at
             at = other if costs(at) < costs(other) <= 1 else at
+        if costs(at) < 1 - TOLERANCE:
+            at = _exchanged(queues, at, costs)
     return np.array([queue.steps[place] for queue, place in zip(queues, at, strict=True)]), costs(at)
+
+
+def _exchanged(queues: Sequence[Queue], at: Integers, costs: Callable[[Integers], float]) -> Integers:
+    """Some steps back of one queue for some further of another: of what ends within the tolerance, the least important.
+
+    Where nothing does, all stays.
+    """
+    steps = sorted(product(range(1, _STEPS), repeat=2), key=sum)
+    found: list[tuple[float, Integers]] = []
+    for (back, further), (one, other) in islice(product(steps, permutations(range(len(queues)), 2)), _EXCHANGES):
+        moved = at.copy()
+        moved[one] -= back
+        moved[other] += further
+        if moved[one] >= 0 and moved[other] < queues[other].steps.size and 1 - TOLERANCE <= costs(moved) <= 1:
+            gone = sum(
+                float(queue.importance[: queue.steps[place]].sum()) for queue, place in zip(queues, moved, strict=True)
+            )
+            found.append((gone, moved))
+    return min(found, key=itemgetter(0))[1] if found else at
 
 
 def by_savings(queues: Sequence[Queue], losses: Sequence[Floats], excess: Callable[[Integers], float]) -> list[Queue]:
