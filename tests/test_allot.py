@@ -123,7 +123,7 @@ def test_what_is_lost_for_what_is_saved_is_near_the_least_there_is(seed: int, ch
     choices = [np.array(some) for some in product(*(range(size) for size in sizes))]
     least = min(lost(some) for some in choices if excess(some) <= 1)
     worst = max(lost(some) for some in choices if 0.9 <= excess(some) <= 1)
-    assert lost(gone) <= least + 0.2 * (worst - least)  # a dear unit may go, to end within the tolerance
+    assert lost(gone) <= least + 0.25 * (worst - least)  # a dear unit may go, to end within the tolerance
 
 
 def test_units_that_save_nothing_stay() -> None:

@@ -127,8 +127,9 @@ def write(
 A vision transformer for Fashion-MNIST (16 patches, four blocks of 64 features, four heads and 128 hidden units, trained
 for {experiment.epochs} epochs) without a half and without three quarters of its hidden units, of its heads, or of both;
 what its norms average over stays. Of every layer the same share goes, or, by a *budget* over all of them, as many
-FLOPs. Chosen and repaired with {IMAGES:,} calibration images, and retrained alike for {EPOCHS[1]:g} epochs, or not; a dash: not retrained.
-APoZ counts what is within {NEAR_ZERO:.0%} of zero. Test accuracy, %; the whole network is at {spread(whole)}.
+FLOPs. Chosen and repaired with {IMAGES:,} calibration images, and, some where both go, retrained alike for
+{EPOCHS[1]:g} epochs. APoZ counts what is within {NEAR_ZERO:.0%} of zero. Test accuracy, %; the whole network is at
+{spread(whole)}.
 """
     for part, criteria in CRITERIA.items():
         columns = [*product(SHARES, EPOCHS if part in RETRAINED else EPOCHS[:1])]
