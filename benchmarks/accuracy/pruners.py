@@ -64,7 +64,8 @@ SHORTLIST = (
     *(Method(THEIRS, f"magnitude {one}", "uniform") for one in ("L1", "L2")),
     Method(THEIRS, "Taylor", "uniform"),
     *(Method(THEIRS, name, "global") for name in ("magnitude L2", "Taylor")),
-)  # what is retrained
+)  # what is retrained first
+LAST = (Method(THEIRS, "LAMP", "global"), *(Method(THEIRS, "BN scale", one) for one in ("uniform", "global")))
 
 
 class Study:
@@ -181,7 +182,12 @@ class Comparison:
         study = Study(self.experiment, network, seed)
         self.whole.setdefault(network, []).append(self.experiment.once(f"{study.key}, whole", study.whole)[0])
         rest = [method for method in METHODS if method not in SHORTLIST]
-        for name, methods in (("figures", SHORTLIST), ("retrained", SHORTLIST), ("figures", rest)):
+        for name, methods in (
+            ("figures", SHORTLIST),
+            ("retrained", SHORTLIST),
+            ("figures", rest),
+            ("retrained", LAST),
+        ):
             work, columns = {
                 "figures": (study.figures, ("flops", "parameters", "cut", "norms", "repaired")),
                 "retrained": (study.retrained, ("retrained",)),
@@ -217,14 +223,15 @@ def main() -> None:
 
 
 def write(experiment: Fashion, whole: dict[str, list[float]], found: Results) -> None:
+    counts = sorted({len(values) for values in whole.values()})
     parts = [
         f"""
 Two networks for Fashion-MNIST, cut once to a half, a quarter and an eighth of their FLOPs, by torchtrim and by
 Torch-Pruning {_version()}. Each was trained for {experiment.epochs} epochs on 55,000 images. To choose and to repair,
 every method is given the same {IMAGES:,} calibration images (of which Taylor's importance reads the labels too), and
 every cut network is retrained alike for {RETRAINING:g} epochs, which is short on purpose. Test accuracy, %, on 10,000
-images that decide nothing. Networks trained: {len(experiment.seeds)} of each; with one, differences below half a
-point say little. A dash: there is no such way, or it was not measured; only some methods are retrained.
+images that decide nothing. Networks trained of each: {" or ".join(map(str, counts))}; with one, differences below half
+a point say little. A dash: there is no such way, or it was not measured; only some methods are retrained.
 
 - *cut*: nothing else is done. *norms*: the statistics of batch norms are measured anew. *repaired*: least squares, then
   the norms, which Torch-Pruning does not have. *retrained*: from the last of these.
@@ -240,7 +247,7 @@ point say little. A dash: there is no such way, or it was not measured; only som
         parts += [_table(found, network, times) for times in TIMES]
     parts.append("## The best of each\n\n" + _best(found, present))
     figure = picture(2 * len(present), lambda axes: _draw(axes, found, present))
-    experiment.write("Beside other pruners, at equal FLOPs", "\n".join(parts), figure)
+    experiment.write("Beside other pruners, at equal FLOPs", "\n".join(parts), figure, range(counts[-1]))
 
 
 def _table(found: Results, network: str, times: int) -> str:
