@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import torchtrim
 from benchmarks.accuracy import sounds
-from benchmarks.accuracy.widths import Uniform, flops
+from benchmarks.accuracy.widths import Uniform
 from benchmarks.paper.common import BLUE, GREEN, GREY, ORANGE, Axes, Experiment, picture, spread, table
 from torchtrim import Budget, Plan, TorchtrimWarning
-from torchtrim._cost import measure_beside, parameters_of
+from torchtrim._cost import flops_of, measure_beside, parameters_of
 from torchtrim._neurons import NeuronGraph
 from torchtrim.criteria import Criterion
 
@@ -120,7 +120,7 @@ class Study:
         begun = time.process_time()
         small = self.cut(times, criterion, allocation, way)
         taken = time.process_time() - begun
-        fewer = [size(self.model) / size(small) for size in (partial(flops, example=self.example), parameters_of)]
+        fewer = [size(self.model) / size(small) for size in (partial(flops_of, example=self.example), parameters_of)]
         return [*self.compare(small), *fewer, taken]
 
     def distilled(self, criterion: str, allocation: str, way: str) -> list[float]:

@@ -19,9 +19,10 @@ import torchtrim
 from benchmarks.accuracy import rivals
 from benchmarks.accuracy.common import Fashion
 from benchmarks.accuracy.networks import VGG, ResNet
-from benchmarks.accuracy.widths import Uniform, flops
+from benchmarks.accuracy.widths import Uniform
 from benchmarks.paper.common import BLUE, ORANGE, Axes, picture, spread, table
 from torchtrim import Budget, Plan, TorchtrimWarning
+from torchtrim._cost import flops_of
 from torchtrim._data import batches
 from torchtrim.criteria import Criterion
 
@@ -86,7 +87,7 @@ class Study:
         return self.experiment.trained(self.network, NETWORKS[self.network][0], self.seed)
 
     def whole(self) -> list[float]:
-        return [self.experiment.test(self.model), flops(self.model, self.example)]
+        return [self.experiment.test(self.model), flops_of(self.model, self.example)]
 
     @cached_property
     def labelled(self) -> list[tuple[Tensor, Tensor]]:
@@ -146,7 +147,7 @@ class Study:
         path = self._path(method, times)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(best, path)
-        fewer = flops(self.model, self.example) / flops(cut, self.example), _size(self.model) / _size(cut)
+        fewer = flops_of(self.model, self.example) / flops_of(cut, self.example), _size(self.model) / _size(cut)
         return [*fewer, self.experiment.test(cut), self.experiment.test(norms), repaired]
 
     def retrained(self, method: Method, times: int) -> list[float]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.accuracy.widths import flops
+from torchtrim._cost import flops_of
 
 IMPORTANCES = ("magnitude L1", "magnitude L2", "Taylor", "LAMP", "BN scale")
 _HALVINGS = 14  # of the interval of pruning ratios: finer than one channel
@@ -33,13 +33,13 @@ def local(model: nn.Module, example: Tensor, importance: str, shares: Mapping[st
 
 def everywhere(model: nn.Module, example: Tensor, importance: str, times: float, head: str) -> nn.Module:
     """Pruned by one threshold for all layers, which is found by halving the interval of pruning ratios."""
-    whole = flops(model, example)
+    whole = flops_of(model, example)
     low, high, best, error = 0.0, 1.0, model, float("inf")
     for _ in range(_HALVINGS):
         ratio = (low + high) / 2
         pruned = _copy(model)
         _pruner(pruned, example, importance, head, pruning_ratio=ratio, global_pruning=True).step()
-        reached = whole / flops(pruned, example)
+        reached = whole / flops_of(pruned, example)
         if abs(reached / times - 1) < error:
             best, error = pruned, abs(reached / times - 1)
         low, high = (ratio, high) if reached < times else (low, ratio)

@@ -6,20 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import torchtrim
 from torchtrim import Fraction, LayerPlan, Plan
+from torchtrim._cost import flops_of
 from torchtrim._neurons import NeuronGraph
 from torchtrim._select import scored_groups
 from torchtrim.criteria import Criterion
-
-
-def flops(model: nn.Module, example: Any) -> int:
-    """Of one call in evaluation mode."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(example)
-    return counter.get_total_flops()
 
 
 def nearest_size(sizes: Callable[[int], float], steps: int, target: float) -> int:
@@ -44,7 +37,7 @@ class Uniform:
         self.model, self.example, self.profile, self.graph = model, example, profile, graph
         groups = scored_groups(profile, None, "l1_norm")
         self.units = {group: scores.size for group, (scores, _) in groups.items()}
-        self.whole = flops(model, example)
+        self.whole = flops_of(model, example)
         self._counts: dict[float, dict[str, int]] = {}
 
     def counts(self, times: float) -> dict[str, int]:
@@ -55,7 +48,7 @@ class Uniform:
 
         def size(step: int) -> float:
             plan = self._plan(uniform(self.profile, self.units, step), "l1_norm")
-            return flops(torchtrim.trim(self.model, plan, self.graph), self.example)
+            return flops_of(torchtrim.trim(self.model, plan, self.graph), self.example)
 
         found = self._counts[times] = uniform(self.profile, self.units, nearest_size(size, steps, self.whole / times))
         return found
