@@ -353,7 +353,7 @@ def test_a_budget_is_met_in_equal_factors() -> None:
 
 def test_a_budget_counts_from_the_ancestor_and_keeps_its_floors() -> None:
     model = chain()
-    found = rounds(model, rule=Budget(parameters=0.3, floor={"layers.0": 0.75}), stop=Stop(rounds=4))
+    found = rounds(model, rule=Budget(parameters=0.25, floor={"layers.0": 0.75}), stop=Stop(rounds=4))
     widths = [done.widths["layers.0"] for done in found]
     assert widths[-1] == 9  # of twelve; the floor is of the ancestor's neurons, not of what a round finds
     assert widths == sorted(widths, reverse=True)

