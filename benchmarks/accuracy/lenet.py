@@ -57,12 +57,15 @@ class Study:
         return [evaluate(small, self.data.test), *widths]
 
 
+Rows = dict[Widths | int, list[list[float]]]  # accuracies, by size, column and seed
+
+
 def main() -> None:
     experiment = Fashion("benchmarks.accuracy.lenet", __doc__ or "", seeds=3)
     data = load_data("mnist")
     columns = (0, 0.0), (EPOCHS, 0.0), (EPOCHS, DISTILL)
     whole: list[float] = []
-    rows: dict[Widths | int, list[list[float]]] = {size: [[] for _ in columns] for size in (*FIXED, *TIMES)}
+    rows: Rows = {size: [[] for _ in columns] for size in (*FIXED, *TIMES)}
     widths: dict[Widths | int, list[str]] = {size: [] for size in rows}
     for seed in experiment.seeds:
         study = Study(experiment, data, seed)
@@ -76,6 +79,10 @@ def main() -> None:
             rows[size][place].append(accuracy)
             if not place:
                 widths[size].append("-".join(f"{width:.0f}" for width in found))
+        write(experiment, whole, rows, widths)
+
+
+def write(experiment: Fashion, whole: list[float], rows: Rows, widths: dict[Widths | int, list[str]]) -> None:
     head = ["parameters", "CONV1-CONV2-FC1", "0 epochs", f"{EPOCHS} epochs", f"{EPOCHS} epochs, distilled"]
     cells = [
         [
@@ -93,6 +100,7 @@ least squares repaired, from the 5,000 calibration images. Retrained at a rate o
 the loss is the distance to the whole network's outputs. The whole network is at {spread(whole)}. Test accuracy, %.
 
 {table(head, cells)}""",
+        seeds=range(len(whole)),
     )
 
 
