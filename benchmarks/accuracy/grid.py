@@ -152,47 +152,39 @@ class Grid:
     def write(self) -> None:
         """The page of what is there."""
         texts = [_INTRODUCTION.format(ancestor=ANCESTOR_EPOCHS, rate=RATE), self._seconds()]
-        plain = [(widths, 0) for widths in WIDTHS]
         for name, whole in self.whole.items():
-            if not whole:
-                continue
-            texts += [f"\n## {name}\n\nThe whole network is at {spread(list(whole.values()))}."]
-            texts += [self._table(name, "Without retraining", plain), self._against_chance(name, plain)]
-            found = {(cell.widths, cell.epochs) for cell in self.accuracies if cell.data == name and cell.epochs}
-            if retrained := sorted(found, key=lambda one: (compression(one[0]), one[1])):
-                texts += [self._table(name, "Retrained", retrained), self._against_chance(name, retrained)]
+            if whole:
+                texts.append(f"\n## {name}\n\nThe whole network is at {spread(list(whole.values()))}.")
+            for epochs in EPOCHS:
+                if any((cell.data, cell.epochs) == (name, epochs) for cell in self.accuracies):
+                    texts += [self._table(name, epochs), self._against_chance(name, epochs)]
         figure = picture(2, self._draw, rows=2)
         self.experiment.write("Choosing, repairing, retraining", "\n".join(texts), figure, seeds=())
 
-    def _table(self, name: str, title: str, columns: Sequence[tuple[Widths, int]]) -> str:
+    def _table(self, name: str, epochs: int) -> str:
         """Accuracies of one data set; the best of a column is bold, and what was not measured is a dash."""
-        pairs = [
-            pair for pair in product(CRITERIA, WAYS) if any((name, *pair, *one) in self.accuracies for one in columns)
-        ]
-        head, rows = ["chosen by", "repair"], [[*pair] for pair in pairs]
-        counts = {len(self.accuracies.get(Cell(name, *pair, *one), ())) for pair in pairs for one in columns} - {0}
-        for widths, epochs in columns:
-            cells = [self.accuracies.get(Cell(name, *pair, widths, epochs), []) for pair in pairs]
-            best = max(statistics.mean(values) for values in cells if values)
-            head.append(f"{compression(widths):.2f}×" + (f", {_counted(epochs, 'epoch')}" if epochs else ""))
-            for row, values in zip(rows, cells, strict=True):
-                text = spread(values) if values else "–"
-                row.append(f"**{text}**" if values and statistics.mean(values) == best else text)
-        seeds = " or ".join(_counted(count, "seed") for count in sorted(counts))
-        return f"\n{title}, {seeds}:\n\n{table(head, rows)}"
+        pairs = [pair for pair in product(CRITERIA, WAYS) if any(self._along(name, *pair, epochs))]
+        columns = zip(*(self._along(name, *pair, epochs) for pair in pairs), strict=True)
+        rows = [[*pair, *cells] for pair, *cells in zip(pairs, *map(_column, columns), strict=True)]
+        counts = {len(values) for pair in pairs for values in self._along(name, *pair, epochs) if values}
+        title = f"Retrained for {epochs} epoch{'s' * (epochs > 1)}" if epochs else "Without retraining"
+        seeds = " or ".join(map(str, sorted(counts)))
+        return f"\n### {title}\n\nTest accuracy, %; seeds: {seeds}.\n\n" + table(["chosen by", "repair", *_SIZES], rows)
 
-    def _against_chance(self, name: str, columns: Sequence[tuple[Widths, int]]) -> str:
-        """How much better APoZ and `reconstruction` are than a random choice, as a list."""
+    def _against_chance(self, name: str, epochs: int) -> str:
+        """How much better APoZ and `reconstruction` are than a random choice."""
+        rows: list[list[str]] = []
+        for criterion, way in product(("apoz", "reconstruction"), STYLES):
+            both = (self._along(name, one, way, epochs) for one in (criterion, "random:0"))
+            pairs = zip(*both, strict=True)
+            rows.append([criterion, way, *(_gain(mine, chance) for mine, chance in pairs)])
+        head = ["chosen by", "repair", *_SIZES]
+        return "Points above a random choice that is repaired alike:\n\n" + table(head, rows)
 
-        def gain(criterion: str, way: str, column: tuple[Widths, int]) -> str:
-            mine, chance = (self.accuracies.get(Cell(name, one, way, *column)) for one in (criterion, "random:0"))
-            return f"{statistics.mean(mine) - statistics.mean(chance):+.2f}" if mine and chance else "–"
-
-        lines = (
-            f"- {one}, repair {way}: " + ", ".join(gain(one, way, column) for column in columns)
-            for one, way in product(("apoz", "reconstruction"), STYLES)
-        )
-        return "Points above a random choice, column by column:\n\n" + "\n".join(lines)
+    def _along(self, name: str, criterion: str, way: str, epochs: int) -> list[list[float]]:
+        """Accuracies of all seeds, by size."""
+        cells = (Cell(name, criterion, way, widths, epochs) for widths in WIDTHS)
+        return [self.accuracies.get(cell, []) for cell in cells]
 
     def _seconds(self) -> str:
         mean, least_squares = (statistics.mean(self.repairs[way]) for way in ("mean", "least squares"))
@@ -232,8 +224,19 @@ class Grid:
         axis.plot([at for at, _ in there], errors, c=colour, ls=style, marker="o", ms=4)
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
+_SIZES = [f"{compression(widths):.2f}×" for widths in WIDTHS]
+
+
+def _column(cells: Sequence[list[float]]) -> list[str]:
+    best = max((statistics.mean(values) for values in cells if values), default=0)
+    texts = [spread(values) if values else "–" for values in cells]
+    return [
+        f"**{text}**" if one and statistics.mean(one) == best else text for one, text in zip(cells, texts, strict=True)
+    ]
+
+
+def _gain(mine: Sequence[float], others: Sequence[float]) -> str:
+    return f"{statistics.mean(mine) - statistics.mean(others):+.2f}" if mine and others else "–"
 
 
 _INTRODUCTION = """

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -135,20 +134,19 @@ class Study:
         return self._scores.get(name, name)
 
     def figures(self, method: Method, times: int) -> list[float]:
-        """FLOPs and parameters, as so many times fewer; test accuracy by way, NaN where there is no such way."""
+        """FLOPs and parameters, as so many times fewer; test accuracy by way, the last of which only we have."""
         cut = self.cut(method, times)
         if method.side == OURS:
             norms = torchtrim.repair(cut, self.model, self.graph, self.images, "batchnorm")
             best = torchtrim.repair(cut, self.model, self.graph, self.images, ("least-squares", "batchnorm"))
-            repaired = self.experiment.test(best)
         else:
             norms = best = rivals.measure_norms(cut, self.images)
-            repaired = math.nan
         path = self._path(method, times)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(best, path)
         fewer = flops_of(self.model, self.example) / flops_of(cut, self.example), _size(self.model) / _size(cut)
-        return [*fewer, self.experiment.test(cut), self.experiment.test(norms), repaired]
+        tested = [cut, norms] if best is norms else [cut, norms, best]
+        return [*fewer, *map(self.experiment.test, tested)]
 
     def retrained(self, method: Method, times: int) -> list[float]:
         """Test accuracy after retraining from the repaired model, or from the one with new norms where that is best."""
@@ -198,7 +196,7 @@ class Comparison:
                 values = self.experiment.once(key, partial(work, method, times))
                 print(key, *(f"{value:.2f}" for value in values), flush=True)
                 cell = self.found.setdefault((network, method, times), {})
-                for column, value in zip(columns, values, strict=True):
+                for column, value in zip(columns, values, strict=False):
                     cell.setdefault(column, []).append(value)
 
 
@@ -262,16 +260,16 @@ def _table(found: Results, network: str, times: int) -> str:
 
 def _cell(cell: dict[str, list[float]], way: str) -> str:
     values = cell.get(way, [])
-    return spread(values) if values and not np.isnan(values).any() else "–"
+    return spread(values) if values else "–"
 
 
 def _without(cell: dict[str, list[float]]) -> float:
     """The best that there is without retraining."""
-    return float(np.nanmax([np.mean(cell[way]) for way in ("cut", "norms", "repaired")]))
+    return max(statistics.mean(cell[way]) for way in ("cut", "norms", "repaired") if way in cell)
 
 
 def _with(cell: dict[str, list[float]]) -> float:
-    return float(np.mean(cell.get("retrained", [math.nan])))
+    return statistics.mean(cell.get("retrained", [math.nan]))
 
 
 def _best(found: Results, networks: list[str]) -> str:

@@ -120,7 +120,7 @@ class Experiment:
             values = work()
             self._kept.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._kept.with_suffix(".lock")):
-                write_whole(self._kept, json.dumps(self._figures() | {key: values}, indent=1))
+                write_whole(self._kept, json.dumps(self._figures() | {key: values}, indent=1, allow_nan=False))
         return values
 
     def _figures(self) -> dict[str, list[float]]:
