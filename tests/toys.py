@@ -289,6 +289,12 @@ def _(net, x):
     return net.out(net.norm(x + net.c(net.b(net.norm(x)).relu())))
 
 
+@toy("layer norm and rms norm over positions", IMAGES, "a b", a=conv(3, 6), norm=lambda: nn.LayerNorm([8, 8]),
+     b=conv(6, 5), rms=lambda: nn.RMSNorm(8), out=conv(5, 2))  # fmt: skip
+def _(net, x):
+    return net.out(net.rms(net.b(net.norm(net.a(x)).relu())).relu())
+
+
 @toy("rms norm", SEQUENCES, "b", {"a": "", "c": ""}, a=linear(6, 8), norm=lambda: nn.RMSNorm(8), b=linear(8, 10),
      c=linear(10, 8), out=linear(8, 3))  # fmt: skip
 def _(net, x):

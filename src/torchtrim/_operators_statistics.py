@@ -58,7 +58,7 @@ def _batch_norm(call: Call) -> Sequence[Labels]:
 
 @ROWS.of("native_layer_norm", "_fused_rms_norm")
 def _layer_norm(call: Call) -> Sequence[Labels]:
-    """Scale and shift of a silent neuron are zero."""
+    """Scale and shift of a silent neuron are zero. Means and deviations have the axes that are not averaged over."""
     inputs, shape = call.args[0], call.args[1]
     vectors = [vector for vector in call.args[2:4] if isinstance(vector, Tensor)]
 
@@ -71,7 +71,8 @@ def _layer_norm(call: Call) -> Sequence[Labels]:
         note_normalized(call.ledger, call.where, factors, inputs.ndim, shape)
     else:
         factors = call.fix_axes(factors, axes, "normalised over")
-    return [Labels(tuple(factors)), *(UNKNOWN for _ in call.result[1:])]
+    saved = Labels(tuple(Factor(f.atoms, False) for f in factors if not any(map(f.varies, axes))))
+    return [Labels(tuple(factors)), *(saved for _ in call.result[1:])]
 
 
 def note_normalized(ledger: Ledger, where: str, factors: Iterable[Factor], ndim: int, shape: Sequence[int]) -> None:
