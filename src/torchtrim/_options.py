@@ -63,9 +63,9 @@ ZeroTolerance = Annotated[
 Criterion = Annotated[
     str,
     typer.Option(
-        help="Their score: apoz, mean_activation, l1_norm, l2_norm, contribution, random:SEED, or reconstruction, which "
-        "with --repair least-squares keeps the most accuracy; give it a budget, or a --rule such as fraction:0.2 or "
-        "threshold:-0.01 (an error of 1 %).",
+        help="Their score: apoz, mean_activation, l1_norm, l2_norm, contribution, random:SEED, or reconstruction, "
+        "which with --repair least-squares keeps the most accuracy; give it a budget, or a --rule such as fraction:0.2 "
+        "or threshold:-0.01 (an error of 1 %).",
         rich_help_panel=TRIM,
     ),
 ]
