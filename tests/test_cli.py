@@ -105,7 +105,7 @@ def test_run_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         "--temperature 3 --keep-best "
         "--smallest-accuracy 90 --train-epochs 2 --retrain-epochs 0.5 --optimizer adamw --lr 0.1 --schedule onecycle "
         "--batch-size 8 --weight-decay 0.2 --label-smoothing 0.3 --shift 1 --workers 2 --device cpu --seed 5 "
-        "--out there --overwrite"
+        "--mixed-precision no --out there --overwrite"
     )
     settings, how = asked(monkeypatch, *line.split())
     assert settings.source == _settings.Source(
@@ -128,6 +128,7 @@ def test_run_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         weight_decay=0.2,
         label_smoothing=0.3,
         shift=1,
+        mixed_precision="no",
         workers=2,
         seed=5,
     )

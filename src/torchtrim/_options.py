@@ -253,6 +253,12 @@ Shift = Annotated[
     int | None,
     typer.Option(help="Move images by up to so many pixels. Without: 2, image folders 0.", rich_help_panel=TRAIN),
 ]
+MixedPrecision = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, no, bf16 or fp16. Without: auto, bfloat16 where the hardware computes in it.", rich_help_panel=TRAIN
+    ),
+]
 RunPlace = Annotated[
     Path | None, typer.Option(help="The run directory. Without: runs/MODEL-DATA.", rich_help_panel=RUN)
 ]

@@ -105,6 +105,7 @@ def run(
     weight_decay: option.WeightDecay = None,
     label_smoothing: option.LabelSmoothing = None,
     shift: option.Shift = None,
+    mixed_precision: option.MixedPrecision = None,
     workers: option.Workers = 0,
     device: option.Device = "auto",
     threads: option.Threads = None,
@@ -126,6 +127,7 @@ def run(
             "weight_decay": weight_decay,
             "label_smoothing": label_smoothing,
             "shift": shift,
+            "mixed_precision": mixed_precision,
             "workers": workers,
             "seed": seed,
         }
