@@ -493,7 +493,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x if self.norm is None else self.norm(x)
-        mixed = self.attention(y, y, y, need_weights=self.weights)[0]
+        # how it lies in memory depends on the mode, and so would what is written through a view of it
+        mixed = self.attention(y, y, y, need_weights=self.weights)[0].contiguous()
         return mixed if self.norm is None else x + mixed
 
 
