@@ -111,9 +111,10 @@ def test_a_neuron_that_never_varies_costs_nothing(build, gives) -> None:
     zeros_beside = getattr(model.b, "padding_mode", "") == "zeros" and model.b.padding not in (0, (0, 0))
     if gives and (model.b.bias is None or zeros_beside):
         assert costs[2] > 1e-6
+        assert costs[0] > 1e-4  # errors are relative to all that is computed, most of which these constants make
     else:
         assert costs[2] == pytest.approx(0, abs=1e-12)
-    assert costs[0] > 1e-6
+        assert costs[0] > 1e-3
 
 
 @pytest.mark.parametrize("build", CONSUMERS.values(), ids=CONSUMERS)
