@@ -13,7 +13,8 @@ from torchtrim import Fraction, load, mask, profile, save, select, trim
 from torchtrim._copies import named_tensors
 from torchtrim._history import history
 from torchtrim._lenet import LeNet
-from torchtrim._store import is_saved_model, read_facts, read_model, write_model
+from torchtrim._saved import is_saved_model, read_facts
+from torchtrim._store import read_model, write_model
 from torchtrim.errors import StoreError
 
 IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtrim import _operators, _operators_products, _operators_shapes, _operators_statistics
+from torchtrim import (
+    _operators,
+    _operators_positions,
+    _operators_products,
+    _operators_shapes,
+    _operators_statistics,
+)
 from torchtrim._activations import ACTIVATIONS, RECURRENT, Kind, kind_of
 from torchtrim._labels import UNKNOWN, Atoms, Factor, Labels, Ledger, Shape
 from torchtrim._marks import Mark, Memory, labels_of, mark_of, memory_among, origin_of, value_of
@@ -27,7 +33,13 @@ from torchtrim._operators import (
 )
 from torchtrim._origins import VIEWS, Look, Origin, seen_through
 
-TABLE = Table(_operators.ROWS | _operators_products.ROWS | _operators_shapes.ROWS | _operators_statistics.ROWS)
+TABLE = Table(
+    _operators.ROWS
+    | _operators_products.ROWS
+    | _operators_shapes.ROWS
+    | _operators_positions.ROWS
+    | _operators_statistics.ROWS
+)
 
 # Operators besides the pointwise ones that hand a uniform tensor on whatever its size; and those that sum it with
 # weights, which is as good if those have labels.

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchtrim import _store
 from torchtrim._lenet import LeNet
 from torchtrim._neurons import memory_of
+from torchtrim._saved import is_saved_model
 from torchtrim.errors import ModelError, TorchtrimError, nearest
 
 FORMS = ("lenet", "torchvision:NAME", "timm:NAME", "FILE.py:FUNCTION")
@@ -75,7 +76,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     Raises ModelError or StoreError: a missing or damaged file, or one of another architecture.
     """
     file = Path(path).expanduser()
-    if _store.is_saved_model(file):
+    if is_saved_model(file):
         return _store.load(model, file)
     given = _read(file)
     _check(model, given, file)

@@ -41,8 +41,9 @@ from torchtrim._round_files import (
     write_round,
 )
 from torchtrim._rounds import Progressive, Round, Stop
+from torchtrim._saved import library_version, read_facts
 from torchtrim._select import Rule, resolve_rule
-from torchtrim._store import library_version, read_facts, read_model, write_model
+from torchtrim._store import read_model, write_model
 from torchtrim.criteria import Criterion
 from torchtrim.errors import PlanError, StoreError, TorchtrimWarning
 

@@ -5,15 +5,13 @@ Nothing in such a file is code. `load` needs a newly built ancestor: it copies t
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -22,14 +20,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchtrim._attention import adapt
 from torchtrim._copies import compacted, contract, named_tensors, rebuild, without_caches
 from torchtrim._files import write_whole
-from torchtrim._history import History, describes, history, set_history
+from torchtrim._history import describes, history, set_history
 from torchtrim._neurons import memory_of
-from torchtrim._plan import Plan
-from torchtrim.errors import PlanError, StoreError, nearest
-
-_FORMAT = "torchtrim-model"
-_VERSION = 1
-_KEY = "torchtrim"
+from torchtrim._saved import FORMAT, KEY, VERSION, Content, library_version, opened, sizes
+from torchtrim.errors import StoreError, nearest
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -53,16 +47,6 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     return _read(model, Path(path))[0]
 
 
-def is_saved_model(path: str | Path) -> bool:
-    """Whether `save` wrote this file, whatever its version; False for anything else, and where there is nothing."""
-    try:
-        with safe_open(str(path), "pt") as file:
-            content = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-    except (OSError, SafetensorError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.get("format") == _FORMAT
-
-
 def write_model(model: nn.Module, path: Path, facts: Mapping[str, Any]) -> None:
     """`save`, with facts about the model that JSON can say. Raises StoreError."""
     named = _all_tensors(model)
@@ -80,8 +64,8 @@ def write_model(model: nn.Module, path: Path, facts: Mapping[str, Any]) -> None:
     if faults:
         raise StoreError(f"{path}: the model cannot be saved:\n  " + "\n  ".join(faults))
     content = {
-        "format": _FORMAT,
-        "version": _VERSION,
+        "format": FORMAT,
+        "version": VERSION,
         "torchtrim": library_version(),
         "plans": [json.loads(plan.to_json()) for plan in past.plans],
         "shapes": {name: list(shape) for name, shape in past.shapes.items()},
@@ -97,7 +81,7 @@ def write_model(model: nn.Module, path: Path, facts: Mapping[str, Any]) -> None:
     }
     try:
         metadata = json.dumps(content)
-        stored = to_safetensors(_apart(own), {_KEY: metadata})
+        stored = to_safetensors(_apart(own), {KEY: metadata})
     except (TypeError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise StoreError(f"{path}: the model cannot be saved: {error}") from error
     write_whole(path, stored)
@@ -113,100 +97,9 @@ def read_model(model: nn.Module, path: Path) -> tuple[nn.Module, dict[str, Any]]
     return loaded, dict(content.facts)
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """The facts that were written with a model. Raises StoreError."""
-    with _opened(path) as file:
-        return dict(_Content.of(file, path).facts)
-
-
-# ------------------------------------------------------------------ what a file says
-
-
-@dataclass(frozen=True)
-class _Content:
-    """The metadata of a file. tied, shared: names of tensors that are stored under another name.
-
-    Tied ones are one object, shared ones several over the same memory. strides: of tensors that are not in C order.
-    """
-
-    history: History
-    tied: Mapping[str, str]
-    shared: Mapping[str, str]
-    strides: Mapping[str, tuple[int, ...]]
-    frozen: frozenset[str]
-    evaluating: frozenset[str]
-    facts: Mapping[str, Any]
-    shapes: Mapping[str, tuple[int, ...]]
-
-    @classmethod
-    def of(cls, file: Any, path: Path) -> "_Content":
-        try:
-            content: Any = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-            found = content.get("format")
-        except (ValueError, RecursionError, AttributeError) as error:
-            raise _damaged(path, error) from error
-        if found is None:
-            raise StoreError(
-                f"{path}: expected a model that torchtrim.save wrote, found another safetensors file; "
-                "plain weights are loaded by model.load_state_dict(safetensors.torch.load_file(path))"
-            )
-        if found != _FORMAT or content.get("version") != _VERSION:
-            raise StoreError(
-                f"{path}: expected a model that torchtrim.save wrote, of version {_VERSION}, found {found!r} of "
-                f"version {content.get('version')!r}; use the file of a model, or the torchtrim that wrote it "
-                f"({content.get('torchtrim', 'unknown')}; this is {library_version()})"
-            )
-        try:
-            shapes = {name: tuple(map(int, shape)) for name, shape in content["shapes"].items()}
-            attributes = {name: dict(values) for name, values in content["attributes"].items()}
-            lists = {name: tuple(map(int, places)) for name, places in content.get("lists", {}).items()}
-            plans = tuple(Plan.from_json(json.dumps(plan)) for plan in content["plans"])
-            parsed = cls(
-                History(plans, shapes, attributes, tuple(map(str, content.get("biases", ()))), lists),
-                dict(content["tied"]),
-                dict(content["shared"]),
-                {name: tuple(map(int, strides)) for name, strides in content["strides"].items()},
-                frozenset(content["frozen"]),
-                frozenset(content["evaluating"]),
-                dict(content["facts"]),
-                {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()},  # noqa: SIM118
-            )
-            parsed.check()
-        except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
-            raise _damaged(path, error) from error
-        return parsed
-
-    def stored(self, name: str) -> str:
-        """The name under which a tensor's values are stored."""
-        name = self.tied.get(name, name)
-        return self.shared.get(name, name)
-
-    @property
-    def names(self) -> set[str]:
-        """Of every tensor, those that are stored under another name too."""
-        return {*self.shapes, *self.tied, *self.shared}
-
-    def check(self) -> None:
-        """Raise ValueError where the metadata contradict the tensors."""
-        if not all(describes(value) for values in self.history.attributes.values() for value in values.values()):
-            raise ValueError("an attribute is not a width")
-        if {self.tied.get(name, name) for name in self.names} != {*self.history.shapes, *self.history.biases}:
-            raise ValueError("the tensors and the ancestor's have other names")
-        for name, shape in self.history.shapes.items():
-            found = self.shapes[self.stored(name)]
-            if len(found) != len(shape) or any(new > old for new, old in zip(found, shape, strict=True)):
-                raise ValueError(f"{name} has {_sizes(found)}, its ancestor {_sizes(shape)}")
-        for name, strides in self.strides.items():
-            steps = 1
-            for stride, size in sorted(zip(strides, self.shapes[name], strict=True)):
-                if stride < 0 or (size > 1 and stride != steps):
-                    raise ValueError(f"{name}: strides {strides} do not fit {_sizes(self.shapes[name])}")
-                steps *= size
-
-
-def _read(model: nn.Module, path: Path) -> tuple[nn.Module, _Content]:
-    with _opened(path) as file:
-        content = _Content.of(file, path)
+def _read(model: nn.Module, path: Path) -> tuple[nn.Module, Content]:
+    with opened(path) as file:
+        content = Content.of(file, path)
         model = _contracted(model, content.history.lists, path)
         _check(model, content, path)
         fresh = named_tensors(model)
@@ -251,7 +144,7 @@ def _contracted(model: nn.Module, lists: Mapping[str, tuple[int, ...]], path: Pa
 class _Tensors:
     """The file's tensors, each read once per device into memory of its own."""
 
-    def __init__(self, file: Any, content: _Content) -> None:
+    def __init__(self, file: Any, content: Content) -> None:
         self.file = file
         self.content = content
         self.read: dict[tuple[str, torch.device], Tensor] = {}
@@ -269,7 +162,7 @@ class _Tensors:
         return self.read[stored, device].detach()  # an object of its own: shared is not tied
 
 
-def _check(model: nn.Module, content: _Content, path: Path) -> None:
+def _check(model: nn.Module, content: Content, path: Path) -> None:
     """Raise one StoreError that says in all what the model is not the ancestor of the file."""
     named = _all_tensors(model)
     _check_initialised(named, path)
@@ -296,7 +189,7 @@ def _check(model: nn.Module, content: _Content, path: Path) -> None:
         expected = content.history.shapes[content.tied.get(name, name)]
         found = past.shapes.get(first.get(name, name), tuple(named[name].shape))
         if found != expected:
-            faults.append(f"{name}: the file's ancestor has {_sizes(expected)}, this model {_sizes(found)}")
+            faults.append(f"{name}: the file's ancestor has {sizes(expected)}, this model {sizes(found)}")
         other = first.get(name, name)
         if content.tied.get(name, name) != content.tied.get(other, other):
             faults.append(f"{name}: tied to {other} in this model, a tensor of its own in the file")
@@ -311,23 +204,6 @@ def _check(model: nn.Module, content: _Content, path: Path) -> None:
             f"{path}: it belongs to another model than this {kind}; build the model as it was before it was first "
             "trimmed:\n  " + "\n  ".join(faults)
         )
-
-
-@contextmanager
-def _opened(path: Path) -> Any:
-    try:
-        if not path.is_file():
-            raise StoreError(f"{path}: expected a model that torchtrim.save wrote, found no file; look at the path")
-        with safe_open(str(path), "pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise StoreError(
-            f"{path}: expected a whole safetensors file, found {error}; it is damaged, or of another kind"
-        ) from error
-
-
-def _damaged(path: Path, error: Exception) -> StoreError:
-    return StoreError(f"{path}: its metadata are damaged: {type(error).__name__}: {error}; save the model again")
 
 
 # ------------------------------------------------------------------ tensors
@@ -401,12 +277,3 @@ def _tie(model: nn.Module, name: str, first: str) -> None:
     ours, theirs = model.get_submodule(place), model.get_submodule(origin)
     table = "_parameters" if leaf in ours._parameters else "_buffers"
     getattr(ours, table)[leaf] = theirs._parameters.get(source, theirs._buffers.get(source))
-
-
-def _sizes(shape: Iterable[int]) -> str:
-    return " × ".join(map(str, shape)) or "a single number"
-
-
-def library_version() -> str:
-    """The version of torchtrim that is installed."""
-    return version("torchtrim")
