@@ -764,7 +764,8 @@ class Trunk:
         elif kind == "positions":
             self.put("layer norm", {"normalized_shape": self.shape[self.pick([2, -1]) :]})
         elif kind == "own":
-            how = self.pick(["root mean square", "variance", "deviation", "difference of squares"])
+            hows = ["root mean square", "variance", "difference of squares"]
+            how = self.pick([*hows, "deviation"] if self.width > 1 else hows)  # of one value there is none
             self.put("own norm", {"width": self.width, "dims": self.dims, "axis": self.axis, "how": how})
         elif self.tokens:
             self.put("layer norm", {"normalized_shape": self.width})
