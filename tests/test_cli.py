@@ -363,6 +363,7 @@ def test_sensitivity_prints_draws_and_serves_a_budget(small: list[str]) -> None:
 def test_a_mistake_in_a_sensitivity_is_one_message(small: list[str]) -> None:
     assert "expected shares with commas between, found 'half'" in refused("sensitivity", *small, "--fractions", "half")
     assert "expected a share of at least 0 and below 1" in refused("sensitivity", *small, "--fractions", "1.5")
+    assert "which look at them, found 4 alone" in refused("sensitivity", *small, "--repair-positions", "4")
     assert call("sensitivity", *small, "--fractions", "0.5").exit_code == 0
     kept = Path("sensitivity.json").read_bytes()
     refused("sensitivity", *small, "--fractions", "1.5")

@@ -9,7 +9,7 @@ from torch import nn
 
 import torchtrim
 from torchtrim import Budget, Fraction, Sensitivity, sensitivity
-from torchtrim.errors import PlanError, ProfileError, StoreError
+from torchtrim.errors import PlanError, ProfileError, StoreError, TorchtrimError
 
 
 @pytest.fixture
@@ -21,10 +21,10 @@ def model() -> nn.Module:
 INPUTS = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
 
 
-def likeness(model: nn.Module):
+def likeness(model: nn.Module, inputs: torch.Tensor = INPUTS):
     """An accuracy: how much like the original's the outputs are."""
-    wanted = model(INPUTS).detach()
-    return lambda other: 100 - float((other(INPUTS).detach() - wanted).square().mean() / wanted.square().mean())
+    wanted = model(inputs).detach()
+    return lambda other: 100 - float((other(inputs).detach() - wanted).square().mean() / wanted.square().mean())
 
 
 def test_it_is_what_trimming_one_layer_at_a_time_gives(model) -> None:
@@ -42,6 +42,32 @@ def test_repair_makes_it_less(model) -> None:
     plain = sensitivity(model, INPUTS[:2], [INPUTS], likeness(model), fractions=[0.5])
     repaired = sensitivity(model, INPUTS[:2], [INPUTS], likeness(model), fractions=[0.5], repair="least-squares")
     assert all(repaired.lost[name] < plain.lost[name] for name in plain.lost)
+
+
+def test_repair_may_look_at_few_positions() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(16, 3, 9, 9)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    few = sensitivity(
+        model,
+        images[:2],
+        [images],
+        likeness(model, images),
+        fractions=[0.5],
+        repair="least-squares",
+        repair_positions=3,
+    )
+    profile = torchtrim.profile(model, [images])
+    for name, (accuracy,) in few.accuracy.items():
+        plan = torchtrim.select(profile, rule=Fraction(0.5), layers=[name])
+        trimmed = torchtrim.trim(model, plan, images[:2])
+        assert accuracy == likeness(model, images)(
+            torchtrim.repair(trimmed, model, images[:2], [images], "least-squares", positions=3)
+        )
+    every = sensitivity(model, images[:2], [images], likeness(model, images), fractions=[0.5], repair="least-squares")
+    assert few.accuracy != every.accuracy
+    with pytest.raises(TorchtrimError, match="repair positions: expected a repair by least-squares"):
+        sensitivity(model, images[:2], [images], likeness(model, images), repair_positions=3)
 
 
 def test_tied_layers_are_one_group() -> None:

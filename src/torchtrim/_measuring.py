@@ -21,7 +21,7 @@ from torchtrim._measure import check_tolerance, profile
 from torchtrim._profile import Profile
 from torchtrim._progress import shown
 from torchtrim._reconstruction import reconstruction
-from torchtrim._repair import Way
+from torchtrim._repair import Way, check_repair_positions
 from torchtrim._report import advice, classes_table, profile_table
 from torchtrim._rounds import Progressive
 from torchtrim._select import Rule, check_layers
@@ -116,6 +116,7 @@ def fall(
     out: Path,
     *,
     repair: tuple[Way, ...] = (),
+    repair_positions: int | None = None,
     through_norms: bool = False,
     resume: bool = False,
     plot: Path | None = None,
@@ -125,7 +126,7 @@ def fall(
     `out`: the file that keeps it, with each accuracy as it is found; with `resume`, an interrupted one goes on.
     Raises TorchtrimError, before any work if what is asked cannot be done.
     """
-    criteria.resolve(criterion)
+    check_repair_positions(repair_positions, repair, criteria.resolve(criterion))
     checked_fractions(fractions)
     _check_place(out, "--out")
     if out.exists():
@@ -150,6 +151,7 @@ def fall(
         criterion=criterion,
         layers=layers,
         repair=repair or None,
+        repair_positions=repair_positions,
         checkpoint=out,
     )
     found.save(out)

@@ -26,7 +26,7 @@ from torchtrim._measure import profile as measured
 from torchtrim._neurons import NeuronGraph
 from torchtrim._profile import Profile
 from torchtrim._reconstruction import reconstruction
-from torchtrim._repair import Ways, checked_ways
+from torchtrim._repair import Ways, check_repair_positions, checked_ways
 from torchtrim._repair import repair as mended
 from torchtrim._select import Fraction, observed_groups, select
 from torchtrim._sensitivity_picture import curves_picture
@@ -155,6 +155,7 @@ def sensitivity(
     criterion: Criterion | str = criteria.apoz,
     layers: Sequence[str] | None = None,
     repair: Ways | None = None,
+    repair_positions: int | None = None,
     forward: Forward | None = None,
     through_norms: bool = False,
     checkpoint: str | Path | None = None,
@@ -163,17 +164,18 @@ def sensitivity(
 
     example: as for `trim`. batches, forward: as for `profile` and `repair`. evaluate: the accuracy of a model, the
     higher the better. profile: what was measured of the model already, which spares a pass over the batches. criterion,
-    layers: as for `iterate`; a layer brings in those it is tied to. repair: as for `iterate`, of every trimmed model.
-    through_norms: as for `trace`. checkpoint: a file that holds what was found so far; a call that finds it goes on
-    from there, such as after an interrupt.
+    layers: as for `iterate`; a layer brings in those it is tied to. repair, repair_positions: as for `iterate`, of
+    every trimmed model. through_norms: as for `trace`. checkpoint: a file that holds what was found so far; a call that
+    finds it goes on from there, such as after an interrupt.
 
     Raises PlanError: fractions that are none; layers that are unknown or locked. Raises ProfileError: batches that do
     not fit, an accuracy that is no finite number. Raises StoreError: a checkpoint of another model, or asked otherwise.
+    Raises TorchtrimError: positions that nothing looks at.
     """
     rules = checked_fractions(fractions)
     function = criteria.resolve(criterion)
-    if repair is not None:
-        checked_ways(repair)
+    ways = () if repair is None else checked_ways(repair)
+    check_repair_positions(repair_positions, ways, function)
     if repair is not None or function is criteria.reconstruction:
         Calibration(batches, forward)
     graph = example if isinstance(example, NeuronGraph) else trace(model, example, through_norms=through_norms)
@@ -181,6 +183,7 @@ def sensitivity(
         "model": digest_of(named_tensors(model)),
         "criterion": getattr(function, "__name__", type(function).__name__),
         "repair": repair if repair is None or isinstance(repair, str) else list(repair),
+        "repair_positions": repair_positions,
         "through_norms": graph.through_norms,
     }
     before = _before(checkpoint, facts, tuple(rule.p for rule in rules))
@@ -189,7 +192,15 @@ def sensitivity(
         if profile.partial:  # an interrupt ended the pass, and ends this
             raise KeyboardInterrupt
     if function is criteria.reconstruction:
-        function = reconstruction(model, graph, batches, layers, forward=forward, through_norms=graph.through_norms)
+        function = reconstruction(
+            model,
+            graph,
+            batches,
+            layers,
+            forward=forward,
+            positions=repair_positions,
+            through_norms=graph.through_norms,
+        )
     groups, _ = observed_groups(profile, layers, function)
     tied = {group: tuple(places) for group, (_, places) in groups.items()}
     baseline = before.baseline if before else _evaluated(evaluate, model, "the whole model")
@@ -203,7 +214,7 @@ def sensitivity(
             plan = select(profile, rule=rule, layers=[group], criterion=function)
             trimmed = trim(model, plan, graph)
             if repair is not None:
-                trimmed = mended(trimmed, model, graph, batches, repair, forward=forward)
+                trimmed = mended(trimmed, model, graph, batches, repair, forward=forward, positions=repair_positions)
             found[group] = (*found[group], _evaluated(evaluate, trimmed, f"{group} without {rule.p:.0%}"))
             if checkpoint is not None:
                 result().save(checkpoint)
