@@ -37,7 +37,7 @@ NAMES = {"vgg": "VGG with batch norms", "resnet": "ResNet-20"}
 TIMES = (2, 4, 8)
 IMAGES = 1000  # of the calibration images: what every method is given to choose and to repair with
 RETRAINING = 0.5  # epochs
-RETRAINED = {f"retrained at {rate:g}": rate for rate in (1e-3, 2e-3)}  # of which each is given the better rate
+RETRAINED = {f"retrained at {rate:g}": rate for rate in (5e-4, 2e-3)}  # of which each is given the better rate
 OURS, THEIRS = "torchtrim", "Torch-Pruning"
 _WITHOUT = ("cut", "norms", "repaired")
 
