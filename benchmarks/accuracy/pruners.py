@@ -3,6 +3,7 @@
 Both are given the same trained network, images, number of FLOPs and retraining. Needs `pip install -e '.[compare]'`.
 """
 
+import copy
 import math
 import statistics
 import warnings
@@ -163,8 +164,13 @@ class Study:
         """
         if not self._path(method, times).exists():  # the figures are of another machine's run
             self.figures(method, times)
-        model = torch.load(self._path(method, times), weights_only=False)
-        label = f"{self.key}, {method}, {times}×, {way}"
+        return self._again(torch.load(self._path(method, times), weights_only=False), f"{method}, {times}×", way)
+
+    def whole_retrained(self, way: str) -> list[float]:
+        return self._again(copy.deepcopy(self.model), "whole", way)
+
+    def _again(self, model: nn.Module, name: str, way: str) -> list[float]:
+        label = f"{self.key}, {name}, {way}"
         self.experiment.retrain(model, RETRAINING, 100 + self.seed, label, lr=RETRAINED[way])
         return [self.experiment.test(model), evaluate(model, self.held_out)]
 
@@ -185,13 +191,16 @@ class Comparison:
 
     def __init__(self, experiment: Fashion) -> None:
         self.experiment = experiment
-        self.whole: dict[str, list[float]] = {}
+        self.whole: dict[str, dict[str, list[float]]] = {}
         self.found: Results = {}
 
     def measure(self, seed: int, network: str) -> None:
         """What is not kept from an earlier run, or measured by another process, is measured now."""
         study = Study(self.experiment, network, seed)
-        self.whole.setdefault(network, []).append(self.experiment.once(f"{study.key}, whole", study.whole)[0])
+        whole = self.whole.setdefault(network, {})
+        retrained = [(f"whole, {way}", partial(study.whole_retrained, way)) for way in RETRAINED]
+        for way, work in (("whole", study.whole), *retrained):
+            whole.setdefault(way, []).append(self.experiment.once(f"{study.key}, {way}", work)[0])
         rest = [method for method in METHODS if method not in SHORTLIST]
         for way, methods in (
             ("figures", SHORTLIST),
@@ -236,8 +245,8 @@ def main() -> None:
 # The page ---------------------------------------------------------------------------------------------------
 
 
-def write(experiment: Fashion, whole: dict[str, list[float]], found: Results) -> None:
-    counts = sorted({len(values) for values in whole.values()})
+def write(experiment: Fashion, whole: dict[str, dict[str, list[float]]], found: Results) -> None:
+    counts = sorted({len(values) for cell in whole.values() for values in cell.values()})
     parts = [
         f"""
 Two networks for Fashion-MNIST, cut once to a half, a quarter and an eighth of their FLOPs, by torchtrim and by
@@ -248,9 +257,10 @@ images that decide nothing. Networks trained of each: {" or ".join(map(str, coun
 a point say little. A dash: there is no such way, or it was not measured; only some methods are retrained.
 
 - *cut*: nothing else is done. *norms*: the statistics of batch norms are measured anew. *repaired*: least squares, then
-  the norms, which Torch-Pruning does not have. *retrained*: from the last of these,
-  by AdamW in one cycle, at two learning rates. Of these each method is given, at each size, the one that leaves the
-  most accuracy on the 4,000 calibration images that nothing was chosen or repaired with.
+  the norms, which Torch-Pruning does not have.
+- *retrained*: from the last of these, by AdamW in one cycle up to a learning rate, of which there are two, since a
+  network that lost little is best retrained gently. The best of each, and the picture, have for each method and size
+  the one that leaves the most accuracy on the 4,000 calibration images that nothing was chosen or repaired with.
 - *uniform*: every group of layers loses the same share, and both cut to the same widths. *global*: one threshold of
   Torch-Pruning for all layers. *budget*: torchtrim's `Budget(flops=...)`, over all layers at once.
 - LAMP chooses within a layer as magnitude L2 does, so that its uniform row is left out. Nothing was trained with a
@@ -259,7 +269,8 @@ a point say little. A dash: there is no such way, or it was not measured; only s
     ]
     present = [network for network in whole if any(key[0] == network for key in found)]
     for network in present:
-        parts.append(f"## {NAMES[network]}\n\nThe whole network is at {spread(whole[network])}.\n")
+        again = " and ".join(f"{spread(whole[network][f'whole, {way}'])} {way}" for way in RETRAINED)
+        parts.append(f"## {NAMES[network]}\n\nThe whole network is at {spread(whole[network]['whole'])}; {again}.\n")
         parts += [_table(found, network, times) for times in TIMES]
     parts.append("## The best of each\n\n" + _best(found, present))
     figure = picture(2 * len(present), lambda axes: _draw(axes, found, present))
