@@ -315,6 +315,19 @@ def test_the_mean_of_what_varies_is_numpys() -> None:
     assert torch.equal(repaired.b.weight, small.b.weight)
 
 
+@pytest.mark.parametrize("before", ["mean", "least-squares", "batchnorm"])
+def test_the_mean_is_not_counted_twice(before) -> None:
+    torch.manual_seed(0)
+    forward, modules, shape = CONSTANTS["no bias, batch norm behind"]
+    model = randomised(Net(forward, {name: make() for name, make in modules.items()}))
+    data = images(*shape)
+    once = torchtrim.repair(torchtrim.trim(model, PLAN, data), model, data, [data], before)
+    kept = copy.deepcopy(once.state_dict())
+    with pytest.raises(PlanError, match='in b the weights that `trim` left, for "mean", found others'):
+        torchtrim.repair(once, model, data, [data], "mean")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in once.state_dict().items())
+
+
 # ------------------------------------------------------------------ batch norm
 
 OTHER_CHANNELS = {
@@ -733,11 +746,16 @@ def test_a_repaired_model_is_saved_and_trimmed_again(tmp_path) -> None:
         ({"how": ("mean", "mean")}, TorchtrimError, "each way once"),
         ({"how": ("least-squares", "mean")}, TorchtrimError, '"mean" first'),
         ({"ridge": 0.0}, TorchtrimError, "ridge above 0"),
+        ({"ridge": "small"}, TorchtrimError, "ridge above 0, found 'small'"),
         ({"block": 0}, TorchtrimError, "at least 1 input"),
+        ({"block": 2.5}, TorchtrimError, "at least 1 input, found 2.5"),
         ({"positions": 0}, TorchtrimError, "at least 1 position"),
+        ({"positions": 1.5}, TorchtrimError, "at least 1 position"),
         ({"batches": iter([])}, ProfileError, "read several times"),
         ({"batches": torch.zeros(2, 5)}, ProfileError, "read several times"),
         ({"batches": []}, ProfileError, "at least one batch"),
+        ({"batches": [images(0, 5)]}, ProfileError, "expected batches with examples, found empty ones alone"),
+        ({"batches": [images(0, 5)], "how": "mean"}, ProfileError, "expected batches with examples"),
         ({"batches": [images(60, 5), images(4, 3)]}, ProfileError, "cannot run on batch 2: RuntimeError"),
         ({"batches": [images(60, 5) * float("nan")]}, ProfileError, "not finite"),
         ({"batches": [images(2, 5)], "ridge": 1e-30}, ProfileError, "left: its inputs depend on one another"),

@@ -958,6 +958,22 @@ def _(net, x):
     return net.out(x)
 
 
+@toy("layers that compute for nothing", IMAGES, "a b c d", {}, a=conv(3, 6), b=conv(6, 5),
+     norm=lambda: nn.BatchNorm2d(5), c=conv(5, 4), d=conv(6, 7), out=linear(7, 3))  # fmt: skip
+def _(net, x):
+    x = net.a(x).relu()
+    net.c(net.norm(net.b(x)).relu()).relu()
+    return net.out(net.d(x).relu().mean((2, 3)))
+
+
+@toy("linear layers that compute for nothing", VECTORS, "a b c", {}, a=linear(6, 8), b=linear(8, 5), c=linear(5, 3),
+     out=linear(8, 3))  # fmt: skip
+def _(net, x):
+    x = net.a(x).relu()
+    net.c(net.b(x).relu())
+    return net.out(x)
+
+
 @toy("what a later call may read", SEQUENCES, "", {"a": "reduced"}, a=linear(6, 8), out=linear(8, 3))
 def _(net, x):
     x = net.a(x).relu()

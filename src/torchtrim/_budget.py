@@ -107,7 +107,7 @@ class Budget:
 
         A plan costs what it leaves of every tensor and every product, not the sum of what its neurons cost alone. The
         trimmed model is counted at the end, or timed beside the original, and the choice is corrected until it ends at
-        most 1 % below a target. Where floors, multiples or large units do not allow that, a note of the plan says so.
+        most 1 % below a target, or no layer can be given a unit more; then a note of the plan says so.
         Latencies of layers are measured on this machine at several widths, and interpolated; what is measured on a
         shared machine varies by more than 1 %.
 
@@ -351,6 +351,8 @@ class _Choice:
         ]
         if worst > 1:
             said.append(f"{worst - 1:.1%} above what was asked: latencies vary, or multiples and floors are in the way")
+        elif all(self._own[name] <= target for name, target in self._targets.items()):
+            said.append("the model met it to begin with")
         elif worst < 1 - TOLERANCE:
             said.append(
                 f"{1 - worst:.1%} below what was asked: caps ask for it, or no layer has a step that is small enough"

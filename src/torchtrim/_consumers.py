@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor, nn
 
-from torchtrim._copies import named_modules, named_tensors
+from torchtrim._copies import named_modules
 from torchtrim._neurons import Kept, NeuronGraph, memory_of
 from torchtrim._origins import Look, Piece
 
@@ -132,14 +132,3 @@ def levels(graph: NeuronGraph, names: Collection[str]) -> list[list[str]]:
     for name, row in found.items():
         rows.setdefault(row, []).append(name)
     return [rows[row] for row in sorted(rows)]
-
-
-def difference(trimmed: nn.Module, graph: NeuronGraph, kept: Kept) -> str | None:
-    """The first tensor whose shape is not what is left of the original when only this is kept; None if all are."""
-    expected = {
-        name: tuple(int(kept[roots].sum()) if roots.size > 1 else roots.size for roots in axes)
-        for name, axes in graph.axes.items()
-    }
-    found = {name: tuple(tensor.shape) for name, tensor in named_tensors(trimmed).items()}
-    odd = [name for name, shape in expected.items() if found.get(name) != shape]
-    return f"{odd[0]}: expected {expected[odd[0]]}, found {found.get(odd[0])}" if odd else None

@@ -225,7 +225,8 @@ class Flow(TorchDispatchMode):
                 self.steps[index] = replace(step, live=False)
             else:
                 read_later.update(o.source[0] for o in step.origins if isinstance(o.source[0], int))
-        self.ledger.forget(dead)
+        weighted = {index for index in dead if any(labels.static for _, labels in self.steps[index].tensors)}
+        self.ledger.forget(dead, weighted)
 
     def mark(
         self,

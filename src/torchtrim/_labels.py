@@ -153,11 +153,15 @@ class Ledger:
         self._rectangles += other._rectangles
         self.sizes += other.sizes
 
-    def forget(self, steps: Collection[int]) -> None:
-        """Take back what these operators demanded: nobody reads what they compute."""
+    def forget(self, steps: Collection[int], weighted: Collection[int]) -> None:
+        """Take back what these operators demanded: nobody reads what they compute.
+
+        weighted: those of them that read weights, which must still fit what they meet, for the operators to run.
+        """
+        self._pins = [demand for demand in self._pins if demand[0] not in steps]
+        steps = set(steps) - set(weighted)
         self._unions = [demand for demand in self._unions if demand[0] not in steps]
         self._eithers = [demand for demand in self._eithers if demand[0] not in steps]
-        self._pins = [demand for demand in self._pins if demand[0] not in steps]
         self._rectangles = [demand for demand in self._rectangles if demand[0] not in steps]
 
     @property

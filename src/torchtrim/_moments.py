@@ -5,6 +5,7 @@ Least squares from second moments: nothing of a batch is kept but sums, in doubl
 
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -160,16 +161,16 @@ def factor(square: Tensor, ridge: float, name: str) -> Tensor:
 
 def check_fit(where: str, ridge: float, block: int, positions: int | None) -> None:
     """Raises TorchtrimError: numbers with which least squares cannot be done."""
-    if not (math.isfinite(ridge) and ridge > 0):
+    if not (isinstance(ridge, Real) and math.isfinite(ridge) and ridge > 0):
         raise TorchtrimError(f"{where}: expected a finite ridge above 0, found {ridge!r}")
-    if block < 1:
+    if not isinstance(block, Integral) or block < 1:
         raise TorchtrimError(f"{where}: expected blocks of at least 1 input, found {block!r}")
     check_positions(where, positions)
 
 
 def check_positions(where: str, positions: int | None) -> None:
     """Raises TorchtrimError: fewer than one position."""
-    if positions is not None and positions < 1:
+    if positions is not None and (not isinstance(positions, Integral) or positions < 1):
         raise TorchtrimError(
             f"{where}: expected at least 1 position of an example, or None for all, found {positions!r}"
         )

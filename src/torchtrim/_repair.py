@@ -18,10 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchtrim import criteria
 from torchtrim._calibration import Calibration, Listener, as_found
-from torchtrim._consumers import Consumer, Reader, consumers, difference, levels
+from torchtrim._consumers import Consumer, Reader, consumers, levels
 from torchtrim._copies import named_modules, named_tensors, rebuild
+from torchtrim._descent import check_as_trimmed, what_is_left
 from torchtrim._forward import Forward
-from torchtrim._graph import untried
 from torchtrim._history import history, set_history
 from torchtrim._moments import (
     ChannelSums,
@@ -37,9 +37,8 @@ from torchtrim._moments import (
     rows,
 )
 from torchtrim._neurons import Kept, NeuronGraph
-from torchtrim._trial import tried
 from torchtrim.criteria import Criterion
-from torchtrim.errors import PlanError, ProfileError, TorchtrimError, TorchtrimWarning
+from torchtrim.errors import ProfileError, TorchtrimError, TorchtrimWarning
 
 Way: TypeAlias = Literal["mean", "least-squares", "batchnorm"]
 Ways: TypeAlias = Way | Sequence[Way]
@@ -69,8 +68,9 @@ def repair(
       pooling and flattening, by position. Exact for neurons that are constant there; where a convolution pads with
       zeros, the mean includes the border. Costs one pass of the original, and one example of what each layer reads.
     - "least-squares": the weights and bias of each layer that lost inputs are refitted to what it computes in the
-      original, on inputs that are repaired already. The squared error there never rises. Costs a pass of both models
-      for each layer that lies behind another; in float64, the square of its inputs (times the kernel), at most
+      original, on inputs that are repaired already. The squared error there never rises, but where a layer that runs
+      several times reads what it, or one refitted later, has computed. Costs a pass of both models for each layer
+      that lies behind another; in float64, the square of its inputs (times the kernel), at most
       32 · block² bytes, beside what the models take. Layers with more inputs than `block` are fitted by parts, a pass
       for each, each given what the others do: better than before, not the best; to repair what is repaired comes
       closer. Where there is no bias, and no batch norm that alone follows, none is made.
@@ -83,15 +83,18 @@ def repair(
 
     Parameters that are frozen stay as they are, as do the statistics of batch norms that are frozen; so do layers that
     share their weights, compute them, or are neither linear nor convolutional. A TorchtrimWarning lists those.
-    Raises, before any work, PlanError: the models do not belong together; TorchtrimError: what cannot be asked.
-    Raises ProfileError: batches that do not fit, or values that are not finite.
+    Raises, before any work, PlanError: the models do not belong together, or weights were changed already and the
+    "mean" is of those that `trim` left; TorchtrimError: what cannot be asked.
+    Raises ProfileError: batches that do not fit, that have no examples, or values that are not finite.
     """
     ways = checked_ways(how)
     check_fit("repair", ridge, block, positions)
     data = Calibration(batches, forward)
-    graph, kept = _what_is_left(original, trimmed, example)
+    graph, kept = what_is_left(original, trimmed, example)
     repaired = rebuild(trimmed, {name: tensor.detach().clone() for name, tensor in named_tensors(trimmed).items()})
     work = _Work(original, repaired, graph, kept, data, positions)
+    if "mean" in ways:
+        check_as_trimmed(work.consumers.values(), work.theirs, work.ours)
     with as_found(original, repaired):
         for way in ways:
             match way:
@@ -133,37 +136,6 @@ def check_repair_positions(positions: int | None, ways: Sequence[Way], criterion
         )
 
 
-def _what_is_left(original: nn.Module, trimmed: nn.Module, example: Any) -> tuple[NeuronGraph, Kept]:
-    """What is known of the original, and what of it the trimmed model has kept."""
-    before, after = history(original).plans, history(trimmed).plans
-    if len(after) <= len(before) or after[: len(before)] != before:
-        raise PlanError(
-            "repair: expected a model that `trim` made of the original, found one that says nothing of it; pass the "
-            "model that was trimmed, and the one that it was made of"
-        )
-    plans = after[len(before) :]
-    left: dict[str, Any] = {}
-    gone: dict[str, list[int]] = {}
-    for plan in plans:
-        for name, layer in plan.layers.items():
-            places = left.setdefault(name, np.arange(layer.width))
-            gone.setdefault(name, []).extend(places[list(layer.removed)].tolist())
-            left[name] = np.delete(places, list(layer.removed))
-    known = isinstance(example, NeuronGraph)
-    through_norms = any(plan.through_norms for plan in plans)
-    graph = example if known else untried(original, example, through_norms=through_norms)
-    for again in (False, True):
-        graph = tried(original, graph) if again else graph
-        unknown = [name for name in gone if name not in graph.layers]
-        if unknown:
-            raise PlanError(f"repair: the original has no layer {unknown[0]!r}; pass the model that was trimmed")
-        kept = graph.bodies(gone)
-        fault = difference(trimmed, graph, kept)
-        if fault is None:
-            return graph, kept
-    raise PlanError(f"repair: the trimmed model is not the original without what was removed: {fault}")
-
-
 class _Task:
     """One block of a layer's inputs to be fitted. `columns`: of the trimmed weights, for each group."""
 
@@ -171,6 +143,7 @@ class _Task:
         self.consumer, self.module, self.columns = consumer, module, columns
         self.moments = Moments()
         self.residuals = Residuals()
+        self.runs = False
         self.alike = True  # called as often in both models, with as many inputs
         self.leads = True  # no other layer reads the same input in the same way, and adds up the moments for both
 
@@ -225,6 +198,7 @@ class _Work:
             if not mean.sums:
                 self.notes[name] = _NEVER_RUN
                 continue
+            self._check_some(name, sum(count for count, _ in mean.sums.values()))
             consumer = self.consumers[name]
             given = mean.through(~torch.from_numpy(consumer.inputs))[torch.from_numpy(consumer.outputs)]
             self._check(name, given)
@@ -274,6 +248,7 @@ class _Work:
         shift = self.shifts.get(task.consumer.name)
 
         def compare(inputs: Tensor, outputs: Tensor) -> None:
+            task.runs = True
             wanted = want.outputs.pop(0) if want.outputs else None
             task.alike &= wanted is not None and wanted.shape == outputs.shape
             if wanted is None or not task.alike:
@@ -292,9 +267,10 @@ class _Work:
 
     def _update(self, task: _Task, ridge: float) -> None:
         module, consumer, residuals = task.module, task.consumer, task.residuals
-        if not (task.alike and 0 < residuals.count == task.moments.count):
+        if not (task.alike and task.runs and residuals.count == task.moments.count):
             self.notes[consumer.name] = _NEVER_RUN if task.alike else "it is not called alike in both models"
             return
+        self._check_some(consumer.name, residuals.count)
         self._check(consumer.name, residuals.square)
         centred = self._takes_constant(consumer)
         if not module.weight.requires_grad:
@@ -334,6 +310,10 @@ class _Work:
                 module.running_var.copy_(((one.square - one.count * mean**2) / (one.count - 1)).clamp_min(0))
 
     # -------------------------------------------------------------- what they share
+
+    def _check_some(self, name: str, count: int) -> None:
+        if not count:
+            raise ProfileError(f"{name}: expected batches with examples, found empty ones alone; look at the loader")
 
     def _check(self, name: str, values: Tensor) -> None:
         if not values.isfinite().all():
