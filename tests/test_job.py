@@ -113,9 +113,12 @@ def test_a_run_says_a_line_a_round_and_writes_everything(settings: Settings) -> 
     weights = settings.out / "round-03" / "model.safetensors"
     profiled = f"torchtrim profile {settings.source.model} --data {settings.source.data} --weights {weights}"
     assert lines[-1].strip() == profiled
+    function = settings.source.model.rpartition(":")[2]
+    assert lines[-2].strip() == f'model = torchtrim.load({function}(), "{weights}")'
     assert json.loads((settings.out / "metrics.json").read_text())["ancestor"]["facts"].keys() == {
         "accuracy",
         "seconds",
+        "latency",
     }
     trained = load_file(settings.out / "ancestor.safetensors")
     assert not torch.equal(trained["fc2.weight"], open_source(settings.source).model.state_dict()["fc2.weight"])
@@ -196,12 +199,13 @@ def test_reconstruction_is_a_criterion_by_name(settings: Settings) -> None:
 
 
 def test_a_finished_run_can_go_on_for_more_rounds(settings: Settings) -> None:
-    said(replace(settings, stop=Stop(rounds=1)))
+    before, _ = said(replace(settings, stop=Stop(rounds=1)))
     _, rounds = said(settings, resume=True)
     assert [one.number for one in rounds] == [1, 2, 3]
     lines, again = said(settings, resume=True)
     assert [one.number for one in again] == [1, 2, 3]
     assert sum(line[:5].strip().isdigit() for line in lines) == 4
+    assert len({line for line in (*before, *lines) if line.startswith("    0  ")}) == 1
     assert "The run was complete; nothing was left to do." in "\n".join(lines)
 
 
@@ -320,7 +324,11 @@ def refused(settings: Settings, monkeypatch: pytest.MonkeyPatch, error: type[Tor
             TraceError,
             r"of size 1 × 8 × 8, do not fit the model, LeNet: RuntimeError: .*in conv2.*; use data",
         ),
-        ({"source": {"model": "lenet"}, "training": None}, ModelError, "lenet comes untrained; name its weights"),
+        (
+            {"source": {"model": "torchvision:resnet99"}, "training": None},
+            ModelError,
+            "torchvision has no classifier named 'resnet99'",
+        ),
     ],
 )
 def test_a_mistake_is_found_before_any_work(
@@ -398,6 +406,18 @@ def test_silence_is_measured_on_the_calibration_data_and_kept(settings: Settings
 def test_what_is_advised_next_is_what_was_looked_at(settings: Settings) -> None:
     parts = list(silence(settings.source, Fraction(0.3), "l1_norm", PLAIN, SILENT, None))
     assert " --rule fraction:0.3 --criterion l1_norm --layers " in parts[-1]
+
+
+def test_reconstruction_is_advised_with_a_budget(settings: Settings) -> None:
+    parts = list(silence(settings.source, MeanPlusStd(), "reconstruction", PLAIN, SILENT, None))
+    assert parts[-1].endswith(" --criterion reconstruction --repair least-squares --parameters 0.5 --rounds 1")
+
+
+def test_an_untrained_model_is_not_trimmed(settings: Settings, tmp_path: Path) -> None:
+    source = Source("torchvision:squeezenet1_1", write_images(tmp_path / "colours"), resize=32, crop=32)
+    with pytest.raises(ModelError, match="squeezenet1_1 comes untrained; name its weights"):
+        said(replace(settings, source=source, training=None))
+    assert not settings.out.exists()
 
 
 def test_an_untrained_model_is_measured_with_a_warning(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file, save_model
 from torch import nn
 
@@ -11,7 +12,7 @@ import torchtrim
 from small_data import write_model
 from torchtrim import LayerPlan, Plan
 from torchtrim._lenet import LeNet
-from torchtrim._models import build_model, check_model_name, load_weights, needs_weights
+from torchtrim._models import build_model, check_model_name, how_built, load_weights, needs_weights
 from torchtrim._store import save
 from torchtrim.errors import ModelError, StoreError
 
@@ -44,6 +45,17 @@ def test_a_library_model_has_the_classes_of_the_data(name: str) -> None:
     model = build_model(name, classes=5).eval()
     with torch.inference_mode():
         assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["lenet", "torchvision:squeezenet1_1"])
+@pytest.mark.parametrize("classes", [10, 7])
+def test_it_is_said_how_to_build_it(name: str, classes: int) -> None:
+    built = eval(how_built(name, classes), {"torchtrim": torchtrim, "torchvision": torchvision})
+    shapes = [
+        {key: value.shape for key, value in one.state_dict().items()}
+        for one in (built, build_model(name, classes=classes))
+    ]
+    assert shapes[0] == shapes[1]
 
 
 def test_a_file_is_imported_with_what_lies_beside_it(tmp_path: Path) -> None:

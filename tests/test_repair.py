@@ -315,6 +315,13 @@ def test_the_mean_of_what_varies_is_numpys() -> None:
     assert torch.equal(repaired.b.weight, small.b.weight)
 
 
+def test_batch_norms_alone_need_some() -> None:
+    model = chain(nn.Linear(8, 4))
+    data = data_for(model.b)
+    with pytest.warns(TorchtrimWarning, match="the model has no batch norm"):
+        torchtrim.repair(torchtrim.trim(model, PLAN, data), model, data, [data], "batchnorm")
+
+
 @pytest.mark.parametrize("before", ["mean", "least-squares", "batchnorm"])
 def test_the_mean_is_not_counted_twice(before) -> None:
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torchtrim._cost import measure
     from torchtrim._graph import trace
     from torchtrim._guard import Guard
+    from torchtrim._lenet import LeNet
     from torchtrim._loop import iterate
     from torchtrim._measure import profile
     from torchtrim._plan import LayerPlan, Plan
@@ -33,6 +34,7 @@ __all__ = [
     "Fraction",
     "Guard",
     "LayerPlan",
+    "LeNet",
     "MeanPlusStd",
     "Plan",
     "Profile",
@@ -69,6 +71,7 @@ _ROOMS = {
     "_cost": "measure",
     "_graph": "trace",
     "_guard": "Guard",
+    "_lenet": "LeNet",
     "_loop": "iterate",
     "_plan": "LayerPlan Plan",
     "_measure": "profile",

@@ -25,7 +25,9 @@ def amount(value: float | str, own: float) -> float:
 
 
 def amount_text(name: str, amount: float) -> str:
-    return f"{1000 * amount:.3g} ms" if name == "latency" else f"{amount:,.0f}"
+    if name == "latency":
+        return f"{1000 * amount:.3g} ms"
+    return f"{amount:,.0f}" if amount >= 10 else f"{amount:g}"
 
 
 def amount_asked(name: str, value: float | str) -> str:
@@ -43,7 +45,8 @@ def out_of_reach(
         if smallest[name] > target
     ]
     return "\n  ".join(["the budget is out of reach:", *reached, *notes]) + (
-        "\nlower the floors, trim more layers, or allow more; print(trace(model, example)) says what is locked"
+        "\nlower the floors, trim more layers, or allow more; what is locked is said by print(trace(model, example)), "
+        "or `torchtrim inspect`"
     )
 
 

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -52,11 +52,11 @@ def run(
     """
     check_repair_positions(settings.repair_positions, settings.repair, criteria.resolve(settings.criterion))
     check_tolerance(settings.zero_tolerance)
+    opened = open_source(settings.source, through_norms=settings.through_norms)
     if settings.training is None and settings.source.untrained:
         raise ModelError(
             f"{settings.source.model} comes untrained; name its weights (--weights) or have it trained (--train-epochs)"
         )
-    opened = open_source(settings.source, through_norms=settings.through_norms)
     layers = None if isinstance(settings.layers, Progressive) else settings.layers
     blank = unmeasured(opened.model, opened.graph)
     check_layers(blank, layers)
@@ -83,7 +83,7 @@ def _trim_all(settings: Settings, opened: Opened, directory: RunDirectory, say: 
         rounds.append(done)
         say(table.line(table.cells(done)))
     write_report(settings, table, rounds, directory.closed, float(directory.facts["accuracy"]))
-    say(closing(settings, rounds, directory.closed, complete=trimming.complete))
+    say(closing(settings, opened, rounds, directory.closed, complete=trimming.complete))
     return rounds
 
 
@@ -105,6 +105,7 @@ class _Trimming:
         graph = trace(ancestor, self._example, through_norms=self._settings.through_norms)
         widths = unmeasured(ancestor, graph).widths
         cost = measure(ancestor, self._example)
+        cost = replace(cost, latency=float(facts.get("latency", cost.latency)))
         patterns = layers if isinstance(layers, tuple) else ()
         return RoundTable(
             Ancestor(widths, cost, float(facts["accuracy"]), float(facts["seconds"])),
@@ -172,7 +173,9 @@ class _Trimming:
             train(model, data.train, training, progress=self._progress, label="training the ancestor")
         label = "testing the ancestor"
         accuracy = evaluate(model, data.test, **self._reading(), progress=self._progress, label=label)
-        self._directory.keep_ancestor(model, {"accuracy": accuracy, "seconds": time.perf_counter() - begun})
+        seconds = time.perf_counter() - begun
+        latency = measure(model, self._example).latency
+        self._directory.keep_ancestor(model, {"accuracy": accuracy, "seconds": seconds, "latency": latency})
         return model
 
     def _retrain(self, model: nn.Module) -> None:

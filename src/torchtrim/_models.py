@@ -69,6 +69,17 @@ def build_model(name: str, *, classes: int, pretrained: bool = False) -> nn.Modu
     return {"torchvision": _from_torchvision, "timm": _from_timm}[kind](place, classes, pretrained)
 
 
+def how_built(name: str, classes: int) -> str:
+    """The expression that builds such a model in Python."""
+    kind, place = _split(name)
+    if kind == "lenet":
+        return "torchtrim.LeNet()" if classes == 10 else f"torchtrim.LeNet(classes={classes})"
+    if kind == "file":
+        return f"{_file(place)[1]}()"
+    build = {"torchvision": "torchvision.models.get_model", "timm": "timm.create_model"}[kind]
+    return f'{build}("{place}", num_classes={classes})'
+
+
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """The model with the weights of a file: a state_dict, in pickle or safetensors form, or what `save` wrote.
 

@@ -60,12 +60,13 @@ ZeroTolerance = Annotated[
         rich_help_panel=TRIM,
     ),
 ]
+_SCORES = "apoz, mean_activation, l1_norm, l2_norm, contribution, random:SEED, or reconstruction"
+Score = Annotated[str, typer.Option(help=f"Their score: {_SCORES}.", rich_help_panel=TRIM)]
 Criterion = Annotated[
     str,
     typer.Option(
-        help="Their score: apoz, mean_activation, l1_norm, l2_norm, contribution, random:SEED, or reconstruction, "
-        "which with --repair least-squares keeps the most accuracy; give it a budget, or a --rule such as fraction:0.2 "
-        "or threshold:-0.01 (an error of 1 %).",
+        help=f"Their score: {_SCORES}, which with --repair least-squares keeps the most accuracy; give it a budget, or "
+        "a --rule such as fraction:0.2 or threshold:-0.01 (an error of 1 %).",
         rich_help_panel=TRIM,
     ),
 ]
@@ -112,7 +113,7 @@ Repair = Annotated[
     str | None,
     typer.Option(
         metavar="WAYS",
-        help="Repair what is left from the calibration data before retraining: mean, least-squares, batchnorm; "
+        help="Repair what is left from the calibration data, before any retraining: mean, least-squares, batchnorm; "
         "several with commas.",
         rich_help_panel=TRIM,
     ),

@@ -104,6 +104,8 @@ def repair(
                     work.refit(ridge, block)
                 case "batchnorm":
                     work.measure_norms()
+    if ways == ("batchnorm",) and not any(isinstance(module, _BatchNorm) for module in work.ours.values()):
+        warnings.warn("repair: the model has no batch norm to measure anew", TorchtrimWarning, stacklevel=2)
     if work.notes:
         left = "\n  ".join(f"{name}: {reason}" for name, reason in work.notes.items())
         warnings.warn(f"left as they are by the repair:\n  {left}", TorchtrimWarning, stacklevel=2)

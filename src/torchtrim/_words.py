@@ -11,6 +11,7 @@ from torchtrim._amounts import amount, amount_asked
 from torchtrim._budget import Budget
 from torchtrim._files import write_whole
 from torchtrim._guard import Attempt
+from torchtrim._models import how_built
 from torchtrim._picture import picture
 from torchtrim._plan import Plan
 from torchtrim._profile import Profile
@@ -28,10 +29,13 @@ def next_run(source: Source, measured: Profile, rule: Rule, criterion: str) -> s
     """The command that trims what was measured."""
     asked = ["--train-epochs", "4"] if source.untrained else []
     criterion = "contribution" if says_nothing(measured, criterion) else criterion
-    asked += ["--rule", str(rule)] if str(rule) != str(MeanPlusStd()) else []
+    usual = str(rule) == str(MeanPlusStd())
+    asked += ["--rule", str(rule)] if not usual else []
     asked += ["--criterion", criterion] if criterion != "apoz" else []
     asked += ["--zero-tolerance", f"{measured.zero_tolerance:g}"] if measured.zero_tolerance else []
     asked += ["--through-norms"] if measured.through_norms else []
+    if usual and criterion == "reconstruction":  # its errors have no limit such as that
+        return command("run", source, *asked, "--repair", "least-squares", "--parameters", "0.5", "--rounds", "1")
     return command("run", source, *asked, "--layers", ",".join(Progressive().choose(measured, ())))
 
 
@@ -141,7 +145,9 @@ def best(rounds: Sequence[Round], stop: Stop) -> Round | None:
     return next((done for done in reversed(rounds) if stop.keeps(done)), None)
 
 
-def closing(settings: Settings, rounds: Sequence[Round], closed: Sequence[Attempt], *, complete: bool) -> str:
+def closing(
+    settings: Settings, opened: Opened, rounds: Sequence[Round], closed: Sequence[Attempt], *, complete: bool
+) -> str:
     """What is said at the end. complete: whether an earlier run had left nothing to do."""
     stop = settings.stop
     lines = ["", *(["The run was complete; nothing was left to do."] * complete)]
@@ -170,10 +176,11 @@ def closing(settings: Settings, rounds: Sequence[Round], closed: Sequence[Attemp
         *(["  round-NN/        plan, profile and model of each round"] * bool(rounds)),
     ]
     if chosen is not None:
+        built = how_built(settings.source.model, len(opened.data.classes))
         model = Path(out) / f"round-{chosen.number:02d}" / "model.safetensors"
         lines += [
             "Next:",
-            f'  model = torchtrim.load(YourModel(), "{model}")',
+            f'  model = torchtrim.load({built}, "{model}")',
             "  " + command("profile", replace(settings.source, weights=str(model))),
         ]
     return "\n".join(lines)

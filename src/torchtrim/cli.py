@@ -178,7 +178,7 @@ def profile(
     resize: option.Resize = 256,
     crop: option.Crop = 224,
     rule: option.RuleText = None,
-    criterion: option.Criterion = "apoz",
+    criterion: option.Score = "apoz",
     zero_tolerance: option.ZeroTolerance = 0.0,
     through_norms: option.ThroughNorms = False,
     until: Annotated[
@@ -262,7 +262,7 @@ def sensitivity(
         str,
         typer.Option(metavar="SHARES", help="What each layer loses, with commas.", rich_help_panel=option.TRIM),
     ] = "0.1,0.3,0.5,0.7,0.9",
-    criterion: option.Criterion = "apoz",
+    criterion: option.Score = "apoz",
     through_norms: option.ThroughNorms = False,
     repair: option.Repair = None,
     repair_positions: option.RepairPositions = None,
