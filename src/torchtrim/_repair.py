@@ -70,10 +70,10 @@ def repair(
     - "least-squares": the weights and bias of each layer that lost inputs are refitted to what it computes in the
       original, on inputs that are repaired already. The squared error there never rises, but where a layer that runs
       several times reads what it, or one refitted later, has computed. Costs a pass of both models for each layer
-      that lies behind another; in float64, the square of its inputs (times the kernel), at most
-      32 · block² bytes, beside what the models take. Layers with more inputs than `block` are fitted by parts, a pass
-      for each, each given what the others do: better than before, not the best; to repair what is repaired comes
-      closer. Where there is no bias, and no batch norm that alone follows, none is made.
+      that lies behind another; in float64, the square of its inputs (times the kernel), at most 32 · block² bytes,
+      beside what the models take. Layers with more inputs than `block` are fitted by parts, a pass for each, each
+      given what the others do: better than before, not the best; to repair what is repaired comes closer. Where there
+      is no bias, and no batch norm that alone follows, none is made.
     - "batchnorm": the mean and variance of each batch norm are those of the data. One pass of the trimmed model, in
       which batches are normalised by themselves; so let them be as large as in training.
 
